@@ -1,0 +1,1 @@
+"""Fused operators: `torch.ops.fxopt.*`, registered on import, each with a reference in plain torch."""
