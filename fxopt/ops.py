@@ -1,0 +1,588 @@
+"""How an operation is declared, read from a node, and written as a node, whichever dialect a graph is in.
+
+An operation (`Op`) is declared once, by the signature of a decorated stub, with its spellings: an ``nn.Module``
+class (its attributes are the arguments), a function, the name of a tensor method, or an ATen overload.  The
+declarations are in `fxopt.vocabulary`; this file is the mechanism, and what follows from it: which nodes write to
+which tensors, which may alias, and which do nothing but compute.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import _side_effectful_functions
+
+if TYPE_CHECKING:
+    from fxopt.pattern import Apply
+
+Dialect = Literal["module", "function", "aten"]
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = _Required()
+
+
+@dataclass(frozen=True)
+class Attr:
+    """A parameter or buffer of the graph module, by its path, that no node reads yet."""
+
+    path: str
+
+    def __repr__(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True, eq=False)
+class Spelling:
+    """One target that means an operation, with the operation's parameter behind each of its own positions."""
+
+    target: Any
+    positions: tuple[tuple[str | None, Any], ...]  # (parameter of the operation, or None if ignored; own default)
+    keywords: Mapping[str, str | None]  # own name -> parameter of the operation, or None if ignored
+    fixed: Mapping[str, Any]
+    inplace: bool
+    variadic: str | None  # the parameter that takes all further positional arguments, as in x.view(2, 3)
+    dialect: Dialect
+    attributes: Callable[[nn.Module], dict[str, Any] | str] | None  # of a module; a string says why not
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The arguments by the operation's names; None where the call says something the operation cannot."""
+        if self.variadic and (at := self._variadic_at()) is not None and len(args) > at:
+            if not isinstance(args[at], list | tuple):
+                args = (*args[:at], tuple(args[at:]))
+        if len(args) > len(self.positions):
+            return None
+        bound = dict(self.fixed)
+        said = {name for (name, _), _ in zip(self.positions, args, strict=False)}
+        for (name, _), value in zip(self.positions, args, strict=False):
+            if name is not None:
+                bound[name] = value
+        for own, value in kwargs.items():
+            if own not in self.keywords:
+                return None
+            if (name := self.keywords[own]) is not None:
+                bound[name] = value
+                said.add(name)
+        for name, default in self.positions:
+            if name is None or name in said:
+                continue
+            if default is REQUIRED:
+                return None
+            bound.setdefault(name, default)
+        return bound
+
+    def _variadic_at(self) -> int | None:
+        return next((i for i, (name, _) in enumerate(self.positions) if name == self.variadic), None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a node computes, in the vocabulary: an operation and all its arguments by name."""
+
+    op: Op
+    dialect: Dialect
+    arguments: dict[str, Any]
+    inplace: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """
+    One operation of the vocabulary.
+
+    ``commutative``: the first two arguments may be swapped.  ``view``: the result may share memory with the first
+    argument.  ``random``: draws from a generator (asked with the arguments).  ``writes``: the parameters that the
+    operation writes to besides what an in-place spelling writes (asked with the arguments).
+    """
+
+    name: str
+    signature: inspect.Signature
+    spellings: list[Spelling] = field(default_factory=list, repr=False)
+    commutative: bool = False
+    view: bool = False
+    random: Callable[[Mapping[str, Any]], bool] | None = None
+    writes: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    normalize: Callable[[dict[str, Any]], None] | None = None
+    build: Callable[..., nn.Module] | None = None  # a module from (arguments with tensors in place of paths)
+
+    @functools.cached_property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(n for n in self.signature.parameters if n != "inplace")  # that one is a property of the call
+
+    @functools.cached_property
+    def defaults(self) -> dict[str, Any]:
+        empty = inspect.Parameter.empty
+        defaults = {n: p.default for n, p in self.signature.parameters.items() if n != "inplace"}
+        return {n: REQUIRED if d is empty else d for n, d in defaults.items()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Apply:
+        """A pattern: this operation applied to patterns.  What is left out must have its default."""
+        from fxopt.pattern import Apply  # the pattern language is built of operations
+
+        return Apply(self, dict(self.signature.bind(*args, **kwargs).arguments))
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def spelling(self, dialect: Dialect, arguments: Mapping[str, Any]) -> Spelling:
+        """The spelling to write ``arguments`` in: that of ``dialect``, or a function where it has none."""
+        candidates = [s for s in self.spellings if s.dialect != "module" and not isinstance(s.target, str)]
+        candidates = [s for s in candidates if not s.inplace and _says(s, self, arguments)]
+        wanted = "aten" if dialect == "aten" else "function"
+        ranked = sorted(candidates, key=lambda s: (s.dialect != wanted, not _fits(s, arguments)))
+        if not ranked:
+            raise TypeError(f"{self.name} has no function that takes {dict(arguments)}")
+        return ranked[0]
+
+    def emit(self, graph: Graph, dialect: Dialect, *args: Any, **kwargs: Any) -> Node:
+        """Write this operation at the insert point of ``graph`` in ``dialect``, leaving defaults unsaid."""
+        arguments = dict(self.signature.bind(*args, **kwargs).arguments)
+        spelling = self.spelling(dialect, arguments)
+        keyword_only = _keyword_only(spelling.target)
+        positional: list[Any] = []
+        said: dict[str, Any] = {}
+        own_names = {name: own for own, name in reversed(spelling.keywords.items()) if name is not None}
+        positions_open = True
+        for name, own_default in spelling.positions:
+            if name is None or name == "inplace":
+                positions_open = False
+                continue
+            default = self.defaults[name]
+            value = arguments.get(name, default)
+            needed = own_default is REQUIRED or not _same(value, own_default)
+            if not needed:
+                positions_open = False
+            elif positions_open and own_names.get(name) not in keyword_only:
+                positional.append(_plain(value))
+            else:
+                said[own_names.get(name, name)] = _plain(value)
+        return graph.call_function(spelling.target, tuple(positional), said)
+
+
+VOCABULARY: dict[Any, tuple[Op, Spelling]] = {}
+
+
+def spell(
+    target: Any,
+    names: str | None = None,
+    *,
+    inplace: bool = False,
+    attributes: Callable[[nn.Module], dict[str, Any] | str] | None = None,
+    **fixed: Any,
+) -> Callable[[Op], Spelling]:
+    """
+    A target whose own parameters differ from the operation's.
+
+    ``names``: the operation's parameter behind each own parameter, in order, separated by blanks; ``_`` ignores one.
+    ``attributes``: for a module class, its arguments; or a string that says why a module cannot be read.
+    ``fixed``: parameters of the operation that this target implies.
+    """
+
+    def make(op: Op) -> Spelling:
+        own = _own_parameters(target)
+        if own is None:
+            own = [(n, d) for n, d in op.defaults.items() if n not in fixed]  # what torch names alike
+            aliases: dict[str, str | None] = {"input": op.parameters[0], "self": op.parameters[0]}
+        else:
+            aliases = {}
+        known_names = tuple(op.signature.parameters)
+        canonical = names.split() if names is not None else [n for n in known_names if n not in fixed]
+        positions: list[tuple[str | None, Any]] = []
+        keywords = dict(aliases)
+        for i, (own_name, default) in enumerate(own):
+            name = canonical[i] if i < len(canonical) else "_"
+            known = None if name == "_" else name
+            if known is not None and known not in known_names:
+                raise ValueError(f"{op.name} has no parameter {known!r}; {target} wants one of {known_names}")
+            positions.append((known, _frozen(default)))
+            keywords[own_name] = known
+        dialect: Dialect = "function"
+        if inspect.isclass(target):
+            dialect = "module"
+        elif isinstance(target, OpOverload):
+            dialect = "aten"
+        last = op.parameters[-1] if op.parameters else None
+        first_sequence = next((n for n in op.parameters if n in _SEQUENCES), None)
+        variadic = (first_sequence or last) if isinstance(target, str) or target in (torch.permute,) else None
+        variadic = variadic if variadic in _SEQUENCES else None
+        return Spelling(target, tuple(positions), keywords, fixed, inplace, variadic, dialect, attributes)
+
+    return make
+
+
+_SEQUENCES = ("shape", "dims", "sizes", "repeats")  # parameters that a method takes as separate arguments too
+
+
+def op(
+    *spellings: Any,
+    inplace: tuple[Any, ...] = (),
+    commutative: bool = False,
+    view: bool = False,
+    random: Callable[[Mapping[str, Any]], bool] | None = None,
+    writes: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None,
+    normalize: Callable[[dict[str, Any]], None] | None = None,
+    build: Callable[..., nn.Module] | None = None,
+) -> Callable[[Callable[..., Any]], Op]:
+    """Declare an operation: the decorated stub is its signature, ``spellings`` the targets that mean it."""
+
+    def declare(stub: Callable[..., Any]) -> Op:
+        new = Op(
+            stub.__name__.rstrip("_"),
+            inspect.signature(stub),
+            commutative=commutative,
+            view=view,
+            random=random,
+            writes=writes,
+            normalize=normalize,
+            build=build,
+        )
+        for target in (*spellings, *inplace):
+            made = target(new) if getattr(target, "__qualname__", "") == "spell.<locals>.make" else None
+            spelled = made or spell(target, inplace=target in inplace)(new)
+            known = VOCABULARY.setdefault(spelled.target, (new, spelled))
+            if known[0] is not new:
+                raise ValueError(f"{spelled.target} already spells {known[0].name!r}, not {new.name!r}")
+            new.spellings.append(spelled)
+        return new
+
+    return declare
+
+
+def read(gm: GraphModule, node: Node) -> Call | None:
+    """Read ``node`` in the vocabulary, or return None if the vocabulary has no word for it."""
+    found = _read(gm, node)
+    return found if isinstance(found, Call) else None
+
+
+def unread(gm: GraphModule, node: Node) -> tuple[Op, str] | None:
+    """The operation that ``node`` looks like and why it cannot be read as one; None where there is no such doubt."""
+    found = _read(gm, node)
+    return found if isinstance(found, tuple) else None
+
+
+def _read(gm: GraphModule, node: Node) -> Call | tuple[Op, str] | None:
+    if node.op == "call_module":
+        return _read_module(gm, node)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    word = VOCABULARY.get(node.target)
+    if word is None:
+        return None
+    meaning, spelling = word
+    bound = spelling.bind(node.args, node.kwargs)
+    if bound is None:
+        return meaning, f"{node} has arguments outside the vocabulary: {node.args}, {dict(node.kwargs)}"
+    return _call(meaning, spelling, bound)
+
+
+def _call(meaning: Op, spelling: Spelling, bound: dict[str, Any]) -> Call | None:
+    arguments = {n: _frozen(bound.get(n, d)) for n, d in meaning.defaults.items()}
+    if any(v is REQUIRED for v in arguments.values()):
+        return None
+    if meaning.normalize is not None:
+        meaning.normalize(arguments)
+    first = meaning.parameters[0] if meaning.parameters else None
+    if meaning.commutative and not _is_tensor(arguments[first or ""]):  # 2 * x is x * 2
+        a, b = meaning.parameters[:2]
+        if _is_tensor(arguments[b]):
+            arguments[a], arguments[b] = arguments[b], arguments[a]
+    inplace = spelling.inplace or bound.get("inplace", False) is True
+    return Call(meaning, spelling.dialect, arguments, inplace)
+
+
+def _read_module(gm: GraphModule, node: Node) -> Call | tuple[Op, str] | None:
+    module = submodule(gm, str(node.target))
+    if module is None:
+        return None
+    word = VOCABULARY.get(type(module))  # exact type: a subclass may compute something else
+    if word is None:
+        return _near_miss(module, str(node.target))
+    meaning, spelling = word
+    if hooked(module):
+        return meaning, f"{node.target} has hooks"
+    said = spelling.attributes(module) if spelling.attributes is not None else _attributes(meaning, module)
+    if isinstance(said, str):
+        return meaning, f"{node.target} {said}"
+    taken = [n for n in meaning.parameters if n not in said]
+    if len(node.args) > len(taken) or any(k not in ("input", *taken) for k in node.kwargs):
+        return meaning, f"{node} passes arguments that {type(module).__name__} does not take"
+    arguments: dict[str, Any] = dict(zip(taken, node.args, strict=False))
+    arguments |= {taken[0] if k == "input" else k: v for k, v in node.kwargs.items()}
+    for name, value in said.items():
+        arguments[name] = _attr_of(module, str(node.target), value)
+    return _call(meaning, spelling, arguments)
+
+
+def _near_miss(module: nn.Module, path: str) -> tuple[Op, str] | None:
+    for base in type(module).__mro__[1:]:
+        if base is not nn.Module and base in VOCABULARY:
+            return VOCABULARY[base][0], f"{path} is a {type(module).__name__}, a subclass of {base.__name__}"
+    return None
+
+
+def _attributes(meaning: Op, module: nn.Module) -> dict[str, Any]:
+    names = tuple(meaning.signature.parameters)[1:]
+    return {n: getattr(module, n) for n in names if hasattr(module, n)}
+
+
+def _attr_of(module: nn.Module, path: str, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    for store in (module._parameters, module._buffers):
+        for name, held in store.items():
+            if held is value:
+                return Attr(f"{path}.{name}")
+    raise TypeError(f"{path} computes with a tensor that is neither its parameter nor its buffer")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says: hooks, or a ``forward`` of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def submodule(gm: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at ``path``, or None."""
+    module: Any = gm
+    for name in path.split(".") if path else ():
+        module = getattr(module, name, None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def constant(gm: GraphModule, value: Any) -> torch.Tensor | None:
+    """The tensor behind an `Attr` or a ``get_attr`` node; None for anything that is not fixed in the graph module."""
+    if isinstance(value, Attr):
+        path = value.path
+    elif isinstance(value, Node) and value.op == "get_attr":
+        path = str(value.target)
+    else:
+        return None
+    owner, _, name = path.rpartition(".")
+    found = getattr(submodule(gm, owner), name, None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+# --- effects ------------------------------------------------------------------------------------------------------
+
+
+def writes(gm: GraphModule, node: Node) -> tuple[Node, ...]:
+    """The nodes whose tensor ``node`` writes to, or may write to where the vocabulary does not know it."""
+    call = read(gm, node)
+    if call is not None:
+        written = [call.arguments[n] for n in (call.op.writes(call.arguments) if call.op.writes else ())]
+        if call.inplace:
+            written.append(call.arguments[call.op.parameters[0]])
+        if "out" in node.kwargs:
+            written.append(node.kwargs["out"])
+        return tuple(n for n in written if isinstance(n, Node))
+    if node.op in ("placeholder", "get_attr", "output"):
+        return ()
+    if isinstance(node.target, OpOverload):
+        return _written_by_schema(node)
+    if node.op == "call_function" and _harmless_function(node.target) and "out" not in node.kwargs:
+        return ()
+    if node.op == "call_method" and _harmless_method(str(node.target)):
+        return ()
+    return tuple(node.all_input_nodes)
+
+
+def effectful(gm: GraphModule, node: Node) -> bool:
+    """Whether ``node`` does anything besides computing its value: writes, draws random numbers, asserts, or unknown."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op == "get_attr":
+        return False
+    if node.target in _side_effectful_functions and node.target not in _FALSELY_EFFECTFUL:
+        return True
+    call = read(gm, node)
+    if call is not None:
+        draws = call.op.random is not None and call.op.random(call.arguments)
+        return bool(draws or call.inplace or "out" in node.kwargs or (call.op.writes and call.op.writes(call.arguments)))
+    if isinstance(node.target, OpOverload):
+        named = node.target._schema.name.rpartition("::")[2]
+        random = torch.Tag.nondeterministic_seeded in node.target.tags
+        return node.target._schema.is_mutable or random or named.startswith(("_assert", "sym_constrain"))
+    if node.op == "call_function":
+        return not _harmless_function(node.target) or "out" in node.kwargs
+    if node.op == "call_method":
+        return not _harmless_method(str(node.target))
+    return True  # a module that the vocabulary does not know
+
+
+# torch calls these impure because a generator or a dropout mask may be involved; the vocabulary asks the arguments.
+_FALSELY_EFFECTFUL = frozenset(
+    t for n in ("scaled_dot_product_attention", "dropout") for t in (getattr(torch.ops.aten, n).default,)
+)
+
+
+def _written_by_schema(node: Node) -> tuple[Node, ...]:
+    schema = cast(OpOverload, node.target)._schema
+    if not schema.is_mutable:
+        return ()
+    found: list[Node] = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        found += [value] if isinstance(value, Node) else [v for v in _flat(value) if isinstance(v, Node)]
+    return tuple(found)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for v in value:
+            yield from _flat(v)
+    else:
+        yield value
+
+
+_INPLACE_OPERATORS = frozenset(
+    getattr(operator, n)
+    for n in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+) | {operator.setitem, operator.delitem}
+
+
+@functools.cache
+def _harmless_function(target: Any) -> bool:
+    """A function of torch, of the operator module or a builtin, whose name does not end in an underscore."""
+    if isinstance(target, OpOverloadPacket):
+        return False
+    if target in _INPLACE_OPERATORS or target in _side_effectful_functions:
+        return False
+    name, module = getattr(target, "__name__", "_"), getattr(target, "__module__", None) or ""
+    if target is getattr:
+        return True
+    if any(target is getattr(builtins, n, None) for n in ("print", "setattr", "delattr", "exec", "eval", "input")):
+        return False
+    known = module.split(".")[0] in ("torch", "math", "builtins") or module in ("_operator", "operator")
+    random = name in ("rand", "randn", "randint", "bernoulli", "multinomial", "normal", "poisson", "randperm")
+    return known and not name.endswith("_") and not random and not name.startswith(("rand", "_assert"))
+
+
+_METHODS_WITH_EFFECT = frozenset(
+    "backward register_hook register_post_accumulate_grad_hook retain_grad bernoulli multinomial".split()
+)
+
+
+def _harmless_method(name: str) -> bool:
+    return hasattr(torch.Tensor, name) and not name.endswith("_") and name not in _METHODS_WITH_EFFECT
+
+
+def may_alias(gm: GraphModule, node: Node) -> Node:
+    """The node whose memory ``node`` may share, followed through views to where the memory came from."""
+    while True:
+        call = read(gm, node)
+        if call is not None and (call.op.view or call.inplace):
+            source = call.arguments[call.op.parameters[0]]
+        elif call is None and isinstance(node.target, OpOverload) and _returns_alias(node.target):
+            source = next(iter(node.all_input_nodes), None)
+        else:
+            return node
+        if not isinstance(source, Node):
+            return node
+        node = source
+
+
+@functools.cache
+def _returns_alias(target: OpOverload) -> bool:
+    return any(r.alias_info is not None for r in target._schema.returns)
+
+
+# --- small things -------------------------------------------------------------------------------------------------
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, so that every dialect's arguments compare alike."""
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return tuple(_frozen(v) for v in value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Node | Attr)
+
+
+def _own_parameters(target: Any) -> list[tuple[str, Any]] | None:
+    """The target's own parameters with their defaults; None for what has no signature to read."""
+    if isinstance(target, OpOverload):
+        return [(a.name, a.default_value if a.has_default_value() else REQUIRED) for a in target._schema.arguments]
+    if isinstance(target, str) or inspect.isclass(target):
+        return None
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return None
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    if getattr(target, "__module__", "") == "_operator":
+        return None
+    return [(p.name, REQUIRED if p.default is p.empty else p.default) for p in parameters]
+
+
+@functools.cache
+def _keyword_only(target: Any) -> frozenset[str]:
+    if isinstance(target, OpOverload):
+        return frozenset(a.name for a in target._schema.arguments if a.kwarg_only)
+    if _own_parameters(target) is None:
+        return frozenset()
+    return frozenset(p.name for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY)
+
+
+def _says(spelling: Spelling, meaning: Op, arguments: Mapping[str, Any]) -> bool:
+    """Whether the spelling can express every argument that differs from the operation's default."""
+    names = {name for name, _ in spelling.positions}
+    for name, value in arguments.items():
+        if name in spelling.fixed:
+            if not _same(value, spelling.fixed[name]):
+                return False
+        elif name not in names and not _same(value, meaning.defaults[name]):
+            return False
+    return all(_same(arguments.get(n, meaning.defaults[n]), v) for n, v in spelling.fixed.items())
+
+
+def _fits(spelling: Spelling, arguments: Mapping[str, Any]) -> bool:
+    """Whether tensors stand where an ATen overload wants tensors, and numbers where it wants numbers."""
+    if not isinstance(spelling.target, OpOverload):
+        return True
+    for (name, _), argument in zip(spelling.positions, spelling.target._schema.arguments, strict=True):
+        if name is None or name not in arguments:
+            continue
+        value, kind = arguments[name], str(argument.type)
+        is_number_node = isinstance(value, Node) and isinstance(
+            value.meta.get("val"), int | float | torch.SymInt | torch.SymFloat
+        )
+        tensor = _is_tensor(value) and not is_number_node
+        if kind == "Tensor" and not tensor and isinstance(value, Node):
+            return False
+        if kind in ("number", "float", "int") and tensor:
+            return False
+        if kind.startswith("List[") != isinstance(value, tuple | list) and not isinstance(value, Node) and value is not None:
+            return False
+    return True

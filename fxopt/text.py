@@ -1,0 +1,71 @@
+"""Graphs as text, in the vocabulary: the same program reads the same in every dialect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from fxopt import ops
+
+_SILENT = ("_guards_fn",)
+
+
+def show(gm: GraphModule) -> str:
+    """The graph of ``gm``, one line a node, with values numbered in order and defaults left unsaid."""
+    names: dict[Node, str] = {}
+    lines: list[str] = []
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            names[node] = str(node.target)
+        elif node.op == "output":
+            lines.append(f"return {_result(node.args[0], names)}")
+        elif node.target not in _SILENT:
+            said = _call(gm, node, names)
+            names[node] = f"%{sum(not line.startswith('_') for line in lines)}" if node.users else "_"
+            lines.append(f"{names[node]} = {said}")
+    return "\n".join(lines)
+
+
+def line(gm: GraphModule, node: Node) -> str:
+    """One node as text, its inputs by name."""
+    names = {n: n.name for n in gm.graph.nodes}
+    if node.op in ("placeholder", "get_attr"):
+        return f"{node.name} = {node.op} {node.target}"
+    if node.op == "output":
+        return f"return {_result(node.args[0], names)}"
+    return f"{node.name} = {_call(gm, node, names)}"
+
+
+def _call(gm: GraphModule, node: Node, names: dict[Node, str]) -> str:
+    call = ops.read(gm, node)
+    if call is None:
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        values = [*(_say(a, names) for a in node.args), *(f"{k}={_say(v, names)}" for k, v in node.kwargs.items())]
+        return f"{target}({', '.join(values)})"
+    said, positional = [], True
+    for name, default in call.op.defaults.items():
+        value = call.arguments.get(name, default)
+        if default is not ops.REQUIRED and type(value) is type(default) and value == default:
+            positional = False
+            continue
+        said.append(_say(value, names) if positional else f"{name}={_say(value, names)}")
+    return f"{call.op.name}{'_' if call.inplace else ''}({', '.join(said)})"
+
+
+def _result(value: Any, names: dict[Node, str]) -> str:
+    if isinstance(value, tuple | list) and len(value) == 1:
+        value = value[0]
+    return _say(value, names)
+
+
+def _say(value: Any, names: dict[Node, str]) -> str:
+    if isinstance(value, Node):
+        return names[value]
+    if isinstance(value, ops.Attr):
+        return value.path
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_say(v, names) for v in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}: {_say(v, names)}' for k, v in value.items())}}}"
+    return repr(value)

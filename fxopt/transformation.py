@@ -1,0 +1,469 @@
+"""The hierarchy: a transformation, one that can be undone, and one made of a pattern and its replacement."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxopt import ops
+from fxopt.delta import MARKS, Delta, graphs
+from fxopt.errors import UsageError
+from fxopt.history import Edited, find, mark, run, undo, unmark
+from fxopt.pattern import Match, Miss, candidates, match, roots
+from fxopt.pattern import value as known_value
+
+
+class Transformation(ABC):
+    """
+    Changes a graph module in place.
+
+    Write `transform` in plain torch.fx; the call records, lints and recompiles.  The protocol is that of
+    ``optimum.fx.optimization.Transformation``, so a class written for that one runs with this as its base.
+    """
+
+    preserves_computation: bool = False
+    replayable: bool = True  # False when it needs data or chance, and would not do the same again
+
+    @property
+    def signature(self) -> str:
+        """The call that makes this transformation: readable, and equal in every process."""
+        if is_dataclass(self) and "__repr__" in vars(type(self)):
+            options = {f: getattr(self, f) for f in self.__dataclass_fields__}
+        else:
+            options = dict(sorted((k, v) for k, v in vars(self).items() if not k.startswith("_")))
+        return f"{type(self).__qualname__}({', '.join(f'{k}={_stable(v)}' for k, v in options.items())})"
+
+    @abstractmethod
+    def transform(self, graph_module: GraphModule) -> GraphModule | None:
+        """Edit ``graph_module`` in place.  It is called for the graph module and for each one inside it."""
+
+    def __call__(
+        self, graph_module: GraphModule, lint_and_recompile: bool = True, reverse: bool = False
+    ) -> GraphModule:
+        """Apply to ``graph_module`` and commit, or undo the latest commit; returns ``graph_module``."""
+        if reverse:
+            return self._undo(graph_module)
+        return run(graph_module, self, lint_and_recompile)
+
+    def _undo(self, graph_module: GraphModule) -> GraphModule:
+        raise UsageError(f"{self.signature} is not a ReversibleTransformation; undo with fxopt.history(gm).undo(...)")
+
+    def misses(self, gm: GraphModule) -> Iterator[Miss]:
+        """The nodes that come close to what this transformation rewrites, each with the reason why it does not."""
+        return iter(())
+
+    def carry(self, gm: GraphModule, rewrite: Delta) -> Mapping[str, torch.Tensor] | None:
+        """The values of the original parameters, by path, after the new ones were edited; None if it cannot say."""
+        return None
+
+    def mark_as_transformed(self, node: Node) -> None:
+        """Note on ``node`` that this transformation touched it; done by itself for all that it creates or changes."""
+        mark(node, self.signature)
+
+    def mark_as_restored(self, node: Node) -> None:
+        """Take that note back."""
+        unmark(node, self.signature)
+
+    def transformed(self, node: Node) -> bool:
+        """Whether this transformation created or changed ``node``."""
+        return self.signature in node.meta.get(MARKS, ())
+
+    def get_transformed_nodes(self, graph_module: GraphModule) -> list[Node]:
+        """The nodes that this transformation created or changed, in graph order."""
+        return [n for inner in graphs(graph_module).values() for n in inner.graph.nodes if self.transformed(n)]
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.signature == other.signature  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self.signature)
+
+    def __repr__(self) -> str:
+        return self.signature
+
+
+class ReversibleTransformation(Transformation):
+    """
+    A transformation that can be undone; from the history, with nothing to write.
+
+    A `reverse` written by hand, as optimum asks for, is used only on a graph module whose history does not know the
+    transformation: the recorded difference is exact, and an inverse written by hand can rarely be.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if own := cls.__dict__.get("reverse"):
+            cls._reverse_by_hand = own
+            cls.reverse = _exact(own)  # type: ignore[method-assign]
+
+    _reverse_by_hand: ClassVar[Any] = None
+
+    def reverse(self, graph_module: GraphModule, edited: Edited = "refuse") -> GraphModule:
+        """
+        Leave ``graph_module`` as if the latest commit of this transformation had never been made.
+
+        ``edited``: what to do with parameters that this transformation made and that were written to since:
+        "refuse" (raise `fxopt.errors.Conflict`), "carry" the edit back where the transformation can, or "discard" it.
+        What was never applied is not undone: ``graph_module`` is returned as it is.
+        """
+        return self._undo(graph_module, edited)
+
+    def _undo(self, graph_module: GraphModule, edited: Edited = "refuse") -> GraphModule:
+        index = find(graph_module, self.signature)
+        if index is not None:
+            undo(graph_module, index, edited)
+        elif self._reverse_by_hand is not None:
+            run(graph_module, ByHand(self))
+        return graph_module
+
+
+def _exact(by_hand: Any) -> Any:
+    @functools.wraps(by_hand)
+    def reverse(self: ReversibleTransformation, graph_module: GraphModule, edited: Edited = "refuse") -> GraphModule:
+        return self._undo(graph_module, edited)
+
+    return reverse
+
+
+class ByHand(Transformation):
+    """The `reverse` that the author of ``transformation`` wrote, as a commit of its own."""
+
+    def __init__(self, transformation: ReversibleTransformation) -> None:
+        self.transformation = transformation
+
+    def transform(self, graph_module: GraphModule) -> GraphModule | None:
+        result: GraphModule | None = self.transformation._reverse_by_hand(graph_module)
+        return result
+
+
+class Rewrite(ReversibleTransformation):
+    """Replaces every match of ``pattern`` by what `rewrite` returns.  Subclasses are frozen dataclasses."""
+
+    pattern: ClassVar[Any]
+    preserves_computation = True
+
+    @abstractmethod
+    def rewrite(self, at: Site, **bindings: Any) -> Node:
+        """The node that takes the root's place; ``bindings`` are the pattern's variables, by name."""
+
+    def check(self, at: Site, **bindings: Any) -> str | None:
+        """Why a match is not to be rewritten, for what a pattern cannot say; None if it is."""
+        return None
+
+    def transform(self, graph_module: GraphModule) -> None:
+        for node in list(candidates(graph_module, self.pattern)):
+            if node._erased:
+                continue
+            found = self._at(graph_module, node)
+            if isinstance(found, Site):
+                found.replace(self.rewrite(found, **found.match.bindings))
+
+    def misses(self, gm: GraphModule) -> Iterator[Miss]:
+        """The nodes that have the right operation but are not rewritten, each with the reason."""
+        wanted = roots(self.pattern)
+        for inner in graphs(gm).values():
+            for node in inner.graph.nodes:
+                call, doubt = ops.read(inner, node), ops.unread(inner, node)
+                if call is not None and call.op in wanted and isinstance(found := self._at(inner, node), Miss):
+                    yield found
+                elif doubt is not None and doubt[0] in wanted:
+                    yield Miss(node, doubt[1])
+
+    def _at(self, gm: GraphModule, node: Node) -> Site | Miss:
+        found = match(gm, self.pattern, node)
+        if isinstance(found, Miss):
+            return found
+        site = Site(gm, found)
+        reason = self.check(site, **found.bindings)
+        return site if reason is None else Miss(node, reason)
+
+
+@dataclass(frozen=True)
+class New:
+    """A parameter or buffer that a rewrite makes; emitting a node that uses it registers it, at ``path`` if it is free."""
+
+    tensor: torch.Tensor
+    path: str
+    persistent: bool = True
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a pattern matched: emits nodes there, in the dialect found there."""
+
+    gm: GraphModule
+    match: Match
+
+    @property
+    def root(self) -> Node:
+        return self.match.root
+
+    def emit(self, op: ops.Op, *args: Any, **kwargs: Any) -> Node:
+        """
+        Write ``op`` before the root.
+
+        Arguments may be nodes, numbers, `fxopt.ops.Attr` (read through a new ``get_attr``) or `New`.  Where the match
+        is made of modules and every parameter is new or an attribute, the result is a module again.
+        """
+        graph = self.gm.graph
+        arguments = dict(op.signature.bind(*args, **kwargs).arguments)
+        with graph.inserting_before(self.root):
+            if self.match.dialect == "module" and op.build is not None and _buildable(arguments):
+                node = self._emit_module(op, arguments)
+            else:
+                read = {k: self._read(v) for k, v in arguments.items()}
+                node = op.emit(graph, self.match.dialect, **read)
+        self.describe(node)
+        return node
+
+    def describe(self, node: Node) -> None:
+        """Give a new node where it comes from, and its value as far as it can be told."""
+        for key, held in self.root.meta.items():
+            if key not in ("val", "tensor_meta", "example_value", MARKS, "from_node"):
+                node.meta[key] = held
+        inferred = infer(self.gm, node)
+        if inferred is not None:
+            node.meta["val"] = inferred
+
+    def _emit_module(self, op: ops.Op, arguments: dict[str, Any]) -> Node:
+        tensors = {k: self._tensor_of(v) for k, v in arguments.items() if isinstance(v, New | ops.Attr)}
+        module = op.build(**{k: tensors.get(k, v) for k, v in arguments.items() if not isinstance(v, Node)})  # type: ignore[misc]
+        hint = next(v.path for v in arguments.values() if isinstance(v, New | ops.Attr)).rpartition(".")[0]
+        path = self.free(hint)
+        set_submodule(self.gm, path, module)
+        inputs = [v for v in arguments.values() if isinstance(v, Node)]
+        return self.gm.graph.call_module(path, tuple(inputs))
+
+    def _tensor_of(self, value: New | ops.Attr) -> torch.Tensor | None:
+        return value.tensor if isinstance(value, New) else ops.constant(self.gm, value)
+
+    def _read(self, value: Any) -> Any:
+        if isinstance(value, New):
+            path = self.free(value.path)
+            register(self.gm, path, value.tensor, value.persistent)
+            value = ops.Attr(path)
+        if not isinstance(value, ops.Attr):
+            return value
+        node = self.gm.graph.get_attr(value.path)
+        held = ops.constant(self.gm, value)
+        if held is not None and (fake := _fake_like(self.gm, held)) is not None:
+            node.meta["val"] = fake
+        return node
+
+    def free(self, path: str) -> str:
+        """``path`` itself where nothing stands or only this match uses what stands there, else a name beside it."""
+        owner, _, name = path.rpartition(".")
+        for i in range(1_000_000):
+            candidate = path if i == 0 else f"{owner}.{name}_{i}".lstrip(".")
+            if not exists(self.gm, candidate) or self._only_mine(candidate):
+                return candidate
+        raise AssertionError("no free name")
+
+    def _only_mine(self, path: str) -> bool:
+        mine = set(self.match.nodes)
+        for node in self.gm.graph.nodes:
+            if node.op not in ("get_attr", "call_module") or node in mine:
+                continue
+            target = str(node.target)
+            touches = target == path or path.startswith(f"{target}.") or target.startswith(f"{path}.")
+            if touches and not (node.op == "get_attr" and node.users and all(u in mine for u in node.users)):
+                return False
+        return True
+
+    def tensor(self, value: Any) -> torch.Tensor | None:
+        """The parameter or buffer behind ``value``; None for anything else."""
+        return ops.constant(self.gm, value)
+
+    def path(self, value: Any) -> str:
+        """The path of the parameter or buffer behind ``value``."""
+        return value.path if isinstance(value, ops.Attr) else str(value.target)
+
+    def value(self, x: Any) -> torch.Tensor | None:
+        """A tensor with the shape and dtype of ``x``, if they are known (see `fxopt.propagate`)."""
+        return known_value(self.gm, x)
+
+    def replace(self, new: Node) -> None:
+        """Put ``new`` in the root's place, and remove the match with the parameters that nothing reads any more."""
+        root = self.root
+        if "val" in root.meta and new.op not in ("placeholder", "get_attr") and new not in self.match.nodes:
+            fresh = self.root < new or new.next is root
+            if fresh:
+                new.meta["val"] = root.meta["val"]
+        root.replace_all_uses_with(new)
+        erase(self.gm, [n for n in self.match.nodes if n is not new])
+
+
+def _buildable(arguments: Mapping[str, Any]) -> bool:
+    tensors = [v for v in arguments.values() if isinstance(v, Node | New | ops.Attr)]
+    return sum(isinstance(v, Node) for v in tensors) == 1 and len(tensors) > 1
+
+
+def erase(gm: GraphModule, nodes: list[Node]) -> None:
+    """Erase ``nodes`` that have no users, with the ``get_attr`` nodes, parameters and modules that only they read."""
+    waiting, paths = list(nodes), set()
+    progress = True
+    while progress:
+        progress = False
+        for node in list(waiting):
+            if node.users:
+                continue
+            inputs = node.all_input_nodes
+            if node.op in ("get_attr", "call_module"):
+                paths.add(str(node.target))
+            gm.graph.erase_node(node)
+            waiting.remove(node)
+            waiting += [n for n in inputs if n.op == "get_attr" and not n.users and n not in waiting]
+            progress = True
+    if paths:
+        sweep(gm, paths)
+
+
+def sweep(gm: GraphModule, paths: set[str]) -> None:
+    """Delete those of ``paths`` that no node reads any more."""
+    live = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
+    held = {p for t in live for p in _prefixes(t)}
+    for path in paths:
+        if path in held or any(p in live for p in _prefixes(path)):
+            continue
+        owner, _, name = path.rpartition(".")
+        module = ops.submodule(gm, owner)
+        if module is not None and hasattr(module, name):
+            delattr(module, name)
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def exists(gm: nn.Module, path: str) -> bool:
+    """Whether an attribute stands at ``path``."""
+    owner, _, name = path.rpartition(".")
+    module = ops.submodule(gm, owner)
+    return module is not None and hasattr(module, name)
+
+
+def register(gm: nn.Module, path: str, tensor: torch.Tensor, persistent: bool = True) -> None:
+    """Put a parameter or buffer at ``path``, making the modules on the way."""
+    owner, _, name = path.rpartition(".")
+    module = _owner(gm, owner)
+    kind = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+    if name in kind:  # keep the place that the old one had
+        kind[name] = tensor
+        return
+    if hasattr(module, name):
+        delattr(module, name)
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(name, tensor)
+    else:
+        module.register_buffer(name, tensor, persistent=persistent)
+
+
+def set_submodule(gm: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at ``path``, making the modules on the way."""
+    owner, _, name = path.rpartition(".")
+    _owner(gm, owner)._modules[name] = module
+
+
+def _owner(gm: nn.Module, path: str) -> nn.Module:
+    module = gm
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None:
+            child = nn.Module()
+            module.add_module(name, child)
+        module = child
+    return module
+
+
+def infer(gm: GraphModule, node: Node) -> Any:
+    """
+    The fake tensor (or symbolic number) that ``node`` computes, from those of its inputs.
+
+    None where an input's is not known, or the node is a module.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.node import map_arg
+
+    if node.op not in ("call_function", "call_method"):
+        return None
+    mode: FakeTensorMode | None = None
+    for n in node.all_input_nodes:
+        val = n.meta.get("val")
+        if val is None and n.op == "get_attr":
+            val = ops.constant(gm, n)
+        if val is None:
+            return None
+        for v in val if isinstance(val, tuple | list) else (val,):
+            if isinstance(v, FakeTensor):
+                mode = v.fake_mode
+    if mode is None:
+        return None
+
+    def fake(n: Node) -> Any:
+        val = n.meta.get("val")
+        val = ops.constant(gm, n) if val is None else val
+        if isinstance(val, torch.Tensor) and not isinstance(val, FakeTensor):
+            return mode.from_tensor(val, static_shapes=True)
+        return val
+
+    args, kwargs = map_arg(node.args, fake), map_arg(node.kwargs, fake)  # type: ignore[arg-type]
+    with mode, torch.no_grad():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fake_like(gm: GraphModule, tensor: torch.Tensor) -> torch.Tensor | None:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, FakeTensor):
+            if tensor.is_mkldnn:
+                return None
+            return val.fake_mode.from_tensor(tensor, static_shapes=True)
+        if node.op not in ("placeholder", "get_attr"):
+            break
+    return None
+
+
+def _stable(value: Any) -> str:
+    """A text for an option that is equal in every process."""
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(content.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
+        return f"tensor({tuple(value.shape)}, {value.dtype}, {digest})"
+    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, Transformation):
+        return value.signature
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_stable, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_stable, value))}]"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_stable, value)))}}}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_stable(k)}: {_stable(v)}' for k, v in value.items())}}}"
+    text = repr(value)
+    if " at 0x" in text:  # an address: no two processes would agree
+        inner = {k: v for k, v in vars(value).items() if not k.startswith("_")} if hasattr(value, "__dict__") else {}
+        return f"{type(value).__qualname__}({', '.join(f'{k}={_stable(v)}' for k, v in sorted(inner.items()))})"
+    return text
+
+
+def clone(gm: GraphModule) -> GraphModule:
+    """A copy of ``gm`` with its history, which can be undone on its own."""
+    return copy.deepcopy(gm)
