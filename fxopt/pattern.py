@@ -177,7 +177,7 @@ def _match_any(gm: GraphModule, pattern: AnyOf, value: Any, found: Match, shared
         if miss is None:
             found.dialect, found.nodes, found.bindings = trial.dialect, trial.nodes, trial.bindings | binds
             return None
-        if deepest is None or deepest.node is found.root:
+        if deepest is None or (deepest.node is found.root and miss.node is not found.root):
             deepest = miss
     return deepest
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fxopt import ops
@@ -21,6 +22,7 @@ from fxopt.errors import UsageError
 from fxopt.history import Edited, find, mark, run, undo, unmark
 from fxopt.pattern import Match, Miss, candidates, match, roots
 from fxopt.pattern import value as known_value
+from fxopt.shapes import infer
 
 
 class Transformation(ABC):
@@ -387,53 +389,15 @@ def _owner(gm: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def infer(gm: GraphModule, node: Node) -> Any:
-    """
-    The fake tensor (or symbolic number) that ``node`` computes, from those of its inputs.
-
-    None where an input's is not known, or the node is a module.
-    """
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-    from torch.fx.node import map_arg
-
-    if node.op not in ("call_function", "call_method"):
-        return None
-    mode: FakeTensorMode | None = None
-    for n in node.all_input_nodes:
-        val = n.meta.get("val")
-        if val is None and n.op == "get_attr":
-            val = ops.constant(gm, n)
-        if val is None:
-            return None
-        for v in val if isinstance(val, tuple | list) else (val,):
-            if isinstance(v, FakeTensor):
-                mode = v.fake_mode
-    if mode is None:
-        return None
-
-    def fake(n: Node) -> Any:
-        val = n.meta.get("val")
-        val = ops.constant(gm, n) if val is None else val
-        if isinstance(val, torch.Tensor) and not isinstance(val, FakeTensor):
-            return mode.from_tensor(val, static_shapes=True)
-        return val
-
-    args, kwargs = map_arg(node.args, fake), map_arg(node.kwargs, fake)  # type: ignore[arg-type]
-    with mode, torch.no_grad():
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
 def _fake_like(gm: GraphModule, tensor: torch.Tensor) -> torch.Tensor | None:
-    from torch._subclasses.fake_tensor import FakeTensor
-
+    """``tensor`` as the graph's own fake tensors are; None where the graph has none, or none can be made."""
+    if tensor.is_mkldnn:
+        return None
     for node in gm.graph.nodes:
         val = node.meta.get("val")
         if isinstance(val, FakeTensor):
-            if tensor.is_mkldnn:
-                return None
-            return val.fake_mode.from_tensor(tensor, static_shapes=True)
+            fake: torch.Tensor = val.fake_mode.from_tensor(tensor, static_shapes=True)
+            return fake
         if node.op not in ("placeholder", "get_attr"):
             break
     return None
