@@ -1061,3 +1061,20 @@ def replace_tensor(gm: GraphModule, path: str, value: torch.Tensor) -> None:
     for tied, slot in slots.items():
         if slot.value is old.value:
             put_slot(gm, tied, dataclasses.replace(slot, value=value))
+
+
+def share(gm: GraphModule) -> GraphModule:
+    """A copy of ``gm`` with its history that holds the very same tensors: cheap, for trying something out."""
+    memo: dict[int, Any] = {}
+    for module in gm.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if isinstance(value, torch.Tensor):
+                memo[id(value)] = value
+    for commit in gm.meta.get("fxopt.history", ()):
+        for pair in commit.delta.slots.values():
+            for slot in pair:
+                if slot is not None:
+                    held = slot.value.modules() if isinstance(slot.value, nn.Module) else ()
+                    tensors = [t for m in held for t in (*m._parameters.values(), *m._buffers.values())]
+                    memo |= {id(t): t for t in (*tensors, slot.value) if isinstance(t, torch.Tensor)}
+    return copy.deepcopy(gm, memo)

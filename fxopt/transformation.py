@@ -8,7 +8,7 @@ import hashlib
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -205,6 +205,7 @@ class Site:
 
     gm: GraphModule
     match: Match
+    made: list[Node] = field(default_factory=list)  # what was emitted here
 
     @property
     def root(self) -> Node:
@@ -226,6 +227,7 @@ class Site:
                 read = {k: self._read(v) for k, v in arguments.items()}
                 node = op.emit(graph, self.match.dialect, **read)
         self.describe(node)
+        self.made.append(node)
         return node
 
     def describe(self, node: Node) -> None:
@@ -297,10 +299,8 @@ class Site:
     def replace(self, new: Node) -> None:
         """Put ``new`` in the root's place, and remove the match with the parameters that nothing reads any more."""
         root = self.root
-        if "val" in root.meta and new.op not in ("placeholder", "get_attr") and new not in self.match.nodes:
-            fresh = self.root < new or new.next is root
-            if fresh:
-                new.meta["val"] = root.meta["val"]
+        if "val" in root.meta and new in self.made:
+            new.meta["val"] = root.meta["val"]
         root.replace_all_uses_with(new)
         erase(self.gm, [n for n in self.match.nodes if n is not new])
 

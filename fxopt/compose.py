@@ -1,0 +1,466 @@
+"""Pipelines: transformations in a row, each verified and timed as it is made."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch.fx import GraphModule
+
+from fxopt.benchmark import Comparison, benchmark as compare
+from fxopt.delta import graphs, share
+from fxopt.errors import FxoptError, TransformationError, UsageError, VerificationError
+from fxopt.history import Edited, atomic, commits, find, history, to_html, undo
+from fxopt.shapes import propagate
+from fxopt.transformation import ReversibleTransformation, Transformation
+from fxopt.verify import Baseline, Verification
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+_RESULT = "fxopt.result"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one transformation of a pipeline did."""
+
+    transformation: Transformation
+    rewrites: int
+    nodes: tuple[int, int]  # before, after
+    seconds: float
+    kept: bool = True
+    note: str = ""
+    verification: Verification | None = None
+    in_sequence: Comparison | None = None  # after this step against before it
+    alone: Comparison | None = None  # only this step against the original
+
+    @property
+    def signature(self) -> str:
+        return self.transformation.signature
+
+    def to_json(self) -> dict[str, Any]:
+        """The step as plain values: seconds, node counts, errors and latency ratios."""
+        return {
+            "signature": self.signature,
+            "rewrites": self.rewrites,
+            "nodes": list(self.nodes),
+            "seconds": self.seconds,
+            "kept": self.kept,
+            "note": self.note,
+            "verification": None if self.verification is None else self.verification.to_json(),
+            "in_sequence": None if self.in_sequence is None else self.in_sequence.to_json(),
+            "alone": None if self.alone is None else self.alone.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pipeline did to a graph module, step by step; prints as a table."""
+
+    gm: GraphModule = field(repr=False)
+    steps: tuple[Step, ...]
+    total: Comparison | None = None  # the result against the original
+    verification: Verification | None = None  # of the result
+
+    @property
+    def rewrites(self) -> int:
+        return sum(s.rewrites for s in self.steps if s.kept)
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as plain values."""
+        return {
+            "steps": [s.to_json() for s in self.steps],
+            "rewrites": self.rewrites,
+            "total": None if self.total is None else self.total.to_json(),
+            "verification": None if self.verification is None else self.verification.to_json(),
+        }
+
+    def __rich__(self) -> Table:
+        timed = any(s.in_sequence for s in self.steps) or self.total is not None
+        verified = self.verification is not None or any(s.verification for s in self.steps)
+        table = Table(title="transformations", title_justify="left", show_footer=True)
+        nodes = f"{self.steps[0].nodes[0]} → {self.steps[-1].nodes[1]}" if self.steps else ""
+        table.add_column("step", footer="all", overflow="fold")
+        table.add_column("rewrites", footer=str(self.rewrites), justify="right")
+        table.add_column("nodes", footer=nodes, justify="right")
+        if verified:
+            table.add_column("worst error", footer=_error(self.verification), justify="right")
+        if timed:
+            table.add_column("latency ×", footer=_ratio(self.total), justify="right")
+            table.add_column("alone ×", footer="", justify="right")
+            table.add_column("memory", footer=_memory(self.total), justify="right")
+        table.add_column("note")
+        for s in self.steps:
+            cells: list[Any] = [s.signature, str(s.rewrites) if s.rewrites else "–"]
+            cells.append(f"{s.nodes[0]} → {s.nodes[1]}" if s.nodes[0] != s.nodes[1] else str(s.nodes[0]))
+            if verified:
+                cells.append(_error(s.verification))
+            if timed:
+                cells += [_ratio(s.in_sequence), _ratio(s.alone), _memory(s.in_sequence)]
+            table.add_row(*cells, s.note, style=None if s.kept and s.rewrites else "dim" if s.kept else "red")
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
+
+def _error(verification: Verification | None) -> Text:
+    if verification is None:
+        return Text("")
+    text = "0" if verification.max_error == 0 else f"{verification.max_error:.1e}"
+    return Text(text, style="" if verification.ok else "bold red")
+
+
+def _ratio(comparison: Comparison | None) -> Text:
+    if comparison is None:
+        return Text("")
+    style = {"faster": "green", "slower": "red"}.get(comparison.verdict, "")
+    low, high = comparison.interval
+    return Text(f"{comparison.ratio:.3f} [{low:.3f}, {high:.3f}]", style=style)
+
+
+def _memory(comparison: Comparison | None) -> Text:
+    if comparison is None or comparison.memory is None:
+        return Text("")
+    before, after = comparison.memory
+    return Text(f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB" if before != after else f"{after / 2**20:.1f} MiB")
+
+
+class Pipeline(ReversibleTransformation):
+    """
+    Transformations in a row; made by `compose`.
+
+    Calling it applies them left to right and returns the graph module; `run` returns the `Result`, which
+    ``fxopt.result(gm)`` also gives afterwards.  `reverse` undoes them right to left.
+    """
+
+    def __init__(
+        self,
+        transformations: Sequence[Transformation],
+        *,
+        inplace: bool = True,
+        verify: bool = False,
+        benchmark: bool = False,
+        example_inputs: Inputs | None = None,
+        on_failure: Literal["raise", "undo"] = "raise",
+        on_regression: Literal["keep", "undo"] = "keep",
+        rtol: float | None = None,
+        atol: float | None = None,
+        rounds: int | None = None,
+        warmup: int | None = None,
+        show: bool | None = None,
+    ) -> None:
+        self.transformations = tuple(transformations)
+        self.inplace = inplace
+        self.verify = verify
+        self.benchmark = benchmark
+        self.example_inputs = example_inputs
+        self.on_failure = on_failure
+        self.on_regression = on_regression
+        self.tolerance = {"rtol": rtol, "atol": atol}
+        self.timing = {k: v for k, v in (("rounds", rounds), ("warmup", warmup)) if v is not None}
+        self.show = show
+
+    @property
+    def preserves_computation(self) -> bool:  # type: ignore[override]
+        return all(t.preserves_computation for t in self.transformations)
+
+    @property
+    def replayable(self) -> bool:  # type: ignore[override]
+        return all(t.replayable for t in self.transformations)
+
+    @property
+    def signature(self) -> str:
+        return f"compose({', '.join(t.signature for t in self.transformations)})"
+
+    def __iter__(self) -> Iterator[Transformation]:
+        return iter(self.transformations)
+
+    def __len__(self) -> int:
+        return len(self.transformations)
+
+    def transform(self, graph_module: GraphModule) -> None:
+        for t in self.transformations:
+            t.transform(graph_module)
+
+    def __call__(
+        self, graph_module: GraphModule, lint_and_recompile: bool = True, reverse: bool = False
+    ) -> GraphModule:
+        if not self.inplace:
+            graph_module = copy.deepcopy(graph_module)
+        if reverse:
+            return self._undo(graph_module)
+        return self.run(graph_module, lint_and_recompile).gm
+
+    def _undo(self, graph_module: GraphModule, edited: Edited = "refuse") -> GraphModule:
+        """Undo right to left, all or nothing."""
+        with atomic(graph_module):
+            for t in reversed(self.transformations):
+                if (index := find(graph_module, t.signature)) is not None:
+                    undo(graph_module, index, edited)
+                elif isinstance(t, ReversibleTransformation):
+                    t.reverse(graph_module)
+        return graph_module
+
+    def run(self, gm: GraphModule, lint_and_recompile: bool = True) -> Result:
+        """
+        Apply every step to ``gm`` in place, verify and time it as asked, and say what happened.
+
+        With ``on_failure="raise"``, a step that fails or computes something else raises, and ``gm`` is as it was
+        before the first; with ``"undo"`` that step alone is taken back.
+        """
+        questions = _Questions(self, gm)
+        steps: list[Step] = []
+        with atomic(gm), questions.progress(len(self.transformations)) as advance:
+            for t in self.transformations:
+                advance(t.signature)
+                steps.append(self._step(gm, t, questions, lint_and_recompile))
+            advance("the result")
+            result = Result(gm, tuple(steps), questions.total(gm), questions.last)
+        gm.meta[_RESULT] = result.to_json()
+        if questions.show:
+            Console().print(result)
+        return result
+
+    def _step(self, gm: GraphModule, t: Transformation, questions: _Questions, lint_and_recompile: bool) -> Step:
+        nodes, began = _count(gm), time.perf_counter()
+        before = questions.copy(gm)
+        try:
+            t(gm, lint_and_recompile=lint_and_recompile)
+        except TransformationError as error:
+            if self.on_failure == "raise":
+                raise
+            return Step(t, 0, (nodes, nodes), time.perf_counter() - began, kept=False, note=_first(error))
+        seconds = time.perf_counter() - began
+        done = history(gm)[-1]
+        rewrites = len(done.rewrites)
+        if not rewrites:
+            misses = sum(1 for _ in t.misses(gm))
+            note = f"did nothing; {misses} near-miss{'es' * (misses != 1)}" if misses else "did nothing"
+            return Step(t, 0, (nodes, nodes), seconds, note=note)
+        verification = questions.verify(gm)
+        if verification is not None and not verification.ok:
+            guilty = questions.guilty(before, t)
+            if self.on_failure == "raise":
+                raise VerificationError(f"{t.signature}: {verification.summary}{guilty}")
+            done.reverse()
+            return Step(t, rewrites, (nodes, nodes), seconds, False, f"undone: {verification.summary}{guilty}", verification)
+        in_sequence, alone = questions.time(before, gm, t)
+        step = Step(t, rewrites, (nodes, _count(gm)), seconds, True, "", verification, in_sequence, alone)
+        if self.on_regression == "undo" and in_sequence is not None and in_sequence.verdict == "slower":
+            done.reverse()
+            return Step(t, rewrites, (nodes, nodes), seconds, False, "undone: slower", verification, in_sequence, alone)
+        return step
+
+
+def _count(gm: GraphModule) -> int:
+    return sum(len(inner.graph.nodes) for inner in graphs(gm).values())
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+class _Questions:
+    """What a pipeline asks of each step, and what it needs to ask it: the original, and the graph before the step."""
+
+    def __init__(self, pipeline: Pipeline, gm: GraphModule) -> None:
+        self.pipeline = pipeline
+        self.asked = pipeline.verify or pipeline.benchmark
+        self.inputs: Any = pipeline.example_inputs
+        self.last: Verification | None = None
+        self.original: GraphModule | None = None
+        self._console = Console(stderr=True)
+        live = self._console.is_terminal or "ipykernel" in sys.modules
+        self.show = (self.asked and live) if pipeline.show is None else pipeline.show
+        if self.asked and self.inputs is None:
+            raise UsageError("verify and benchmark need inputs; give compose(..., example_inputs=...)")
+        if self.inputs is not None:
+            propagate(gm, self.inputs)
+        if self.asked:
+            self.original = share(gm)
+        self.baseline = Baseline(self.original, self.inputs, **pipeline.tolerance) if pipeline.verify else None
+
+    def copy(self, gm: GraphModule) -> GraphModule | None:
+        return share(gm) if self.asked else None
+
+    def verify(self, gm: GraphModule) -> Verification | None:
+        if self.baseline is None:
+            return None
+        self.last = self.baseline.verify(gm)
+        return self.last
+
+    def guilty(self, before: GraphModule | None, t: Transformation) -> str:
+        """Which rewrite of ``t`` is the first that breaks the graph, found by halving."""
+        assert before is not None and self.baseline is not None
+        again = t(share(before))
+        rewrites = history(again)[-1].rewrites
+        low, high = 0, len(rewrites)  # the first `low` are right, the first `high` are wrong
+        while high - low > 1:
+            middle = (low + high) // 2
+            trial = share(again)
+            for rewrite in history(trial)[-1].rewrites[middle:]:
+                rewrite.reverse()
+            if self.baseline.verify(trial).ok:
+                low = middle
+            else:
+                high = middle
+        found = rewrites[high - 1]
+        return f"; by its rewrite {found.id}" + (f" ({found.source})" if found.source else "")
+
+    def time(
+        self, before: GraphModule | None, gm: GraphModule, t: Transformation
+    ) -> tuple[Comparison | None, Comparison | None]:
+        if not self.pipeline.benchmark or before is None or self.original is None:
+            return None, None
+        in_sequence = compare(before, gm, self.inputs, **self.pipeline.timing)
+        if not commits(before) or all(not c.delta for c in commits(before)):
+            return in_sequence, in_sequence  # the first step that did something stands alone already
+        try:
+            only = t(share(self.original))
+        except FxoptError:  # it needs what an earlier step prepared; the table leaves the cell empty
+            return in_sequence, None
+        if not history(only)[-1].rewrites:
+            return in_sequence, None
+        return in_sequence, compare(self.original, only, self.inputs, **self.pipeline.timing)
+
+    def total(self, gm: GraphModule) -> Comparison | None:
+        if not self.pipeline.benchmark or self.original is None:
+            return None
+        return compare(self.original, gm, self.inputs, **self.pipeline.timing)
+
+    @contextmanager
+    def progress(self, steps: int) -> Iterator[Callable[[str], None]]:
+        if not self.show:
+            with nullcontext():
+                yield lambda _: None
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console, transient=True) as bar:
+            task = bar.add_task("", total=steps + 1)
+
+            def advance(name: str) -> None:
+                bar.update(task, description=name, advance=1)
+
+            yield advance
+
+
+class Foreign(ReversibleTransformation):
+    """A transformation that does not derive from ours: an optimum instance, or a function of a graph module."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.preserves_computation = bool(getattr(inner, "preserves_computation", False))
+
+    @property
+    def signature(self) -> str:
+        if isinstance(self.inner, type) or not hasattr(self.inner, "transform"):
+            return f"{getattr(self.inner, '__qualname__', type(self.inner).__qualname__)}"
+        options = {k: v for k, v in sorted(vars(self.inner).items()) if not k.startswith("_")}
+        return f"{type(self.inner).__qualname__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+
+    def transform(self, graph_module: GraphModule) -> GraphModule | None:
+        call = getattr(self.inner, "transform", self.inner)
+        result: GraphModule | None = call(graph_module)
+        return result
+
+
+def adopt(transformation: Any) -> Transformation:
+    """A `Transformation` from one of ours, one of optimum's, or a function that edits a graph module in place."""
+    if isinstance(transformation, Transformation):
+        return transformation
+    if isinstance(transformation, type):
+        raise UsageError(f"compose was given the class {transformation.__name__}; give an instance, {transformation.__name__}()")
+    if callable(getattr(transformation, "transform", None)) or callable(transformation):
+        return Foreign(transformation)
+    raise UsageError(f"compose was given {transformation!r}, expected transformations or functions of a graph module")
+
+
+def compose(
+    *transformations: Any,
+    inplace: bool = True,
+    verify: bool = False,
+    benchmark: bool = False,
+    example_inputs: Inputs | None = None,
+    on_failure: Literal["raise", "undo"] = "raise",
+    on_regression: Literal["keep", "undo"] = "keep",
+    rtol: float | None = None,
+    atol: float | None = None,
+    rounds: int | None = None,
+    warmup: int | None = None,
+    show: bool | None = None,
+) -> Pipeline:
+    """
+    Transformations in a row, applied left to right and undone right to left.
+
+    Accepts fxopt's and optimum's transformations and functions that edit a graph module in place.
+
+    ``inplace``: False works on a copy.  ``verify``: check every step against the original's own numbers
+    (`fxopt.verify`).  ``benchmark``: time every step, as it stands in the sequence and alone on the original
+    (`fxopt.benchmark`).  Both need ``example_inputs``: a tuple is positional, a dict is keywords.
+    ``on_failure``: a step that fails or computes something else raises ("raise"; nothing is changed) or is taken back
+    alone ("undo").  ``on_regression``: "undo" takes back a step that is measurably slower.  ``rtol``, ``atol``: see
+    `fxopt.verify`.  ``rounds``, ``warmup``: see `fxopt.benchmark`.  ``show``: print progress and the table; by default
+    where something is asked and a person watches.
+    """
+    for name, value, allowed in (
+        ("on_failure", on_failure, ("raise", "undo")),
+        ("on_regression", on_regression, ("keep", "undo")),
+    ):
+        if value not in allowed:
+            raise UsageError(f"compose was given {name}={value!r}, expected one of {', '.join(map(repr, allowed))}")
+    steps: list[Transformation] = []
+    for t in map(adopt, transformations):
+        steps += t.transformations if isinstance(t, Pipeline) else [t]
+    return Pipeline(
+        steps,
+        inplace=inplace,
+        verify=verify,
+        benchmark=benchmark,
+        example_inputs=example_inputs,
+        on_failure=on_failure,
+        on_regression=on_regression,
+        rtol=rtol,
+        atol=atol,
+        rounds=rounds,
+        warmup=warmup,
+        show=show,
+    )
+
+
+def repeat(transformation: Any, most: int = 10) -> Pipeline:
+    """Apply ``transformation`` until it does nothing any more, at most ``most`` times."""
+    return Repeated(adopt(transformation), most)
+
+
+class Repeated(Pipeline):
+    """A transformation applied until it does nothing any more."""
+
+    def __init__(self, transformation: Transformation, most: int) -> None:
+        super().__init__([transformation] * most)
+        self.most = most
+
+    @property
+    def signature(self) -> str:
+        return f"repeat({self.transformations[0].signature}, {self.most})"
+
+    def run(self, gm: GraphModule, lint_and_recompile: bool = True) -> Result:
+        questions = _Questions(self, gm)
+        steps = []
+        with atomic(gm):
+            for t in self.transformations:
+                steps.append(self._step(gm, t, questions, lint_and_recompile))
+                if not steps[-1].rewrites:
+                    break
+        return Result(gm, tuple(steps))
+
+

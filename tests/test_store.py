@@ -1,0 +1,131 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt import store
+from fxopt.errors import StoreError
+from fxopt.history import history
+from fxopt.transformations import ChangeTrueDivToMulByInverse, EliminateDropout
+from tests.rewriting import DIALECTS, trace
+
+X = (torch.randn(2, 8, generator=torch.Generator().manual_seed(0)),)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.drop = nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.1)
+        self.b.weight = self.a.weight  # tied
+        self.register_buffer("scale", torch.full((8,), 4.0))
+        self.register_buffer("cache", torch.arange(8.0), persistent=False)
+
+    def forward(self, x):
+        return self.b(self.drop(self.a(x / 3) / self.scale)) / 7 + self.cache
+
+
+def saved(tmp_path, dialect):
+    gm = trace(Net().eval(), X, dialect)
+    EliminateDropout()(gm)
+    ChangeTrueDivToMulByInverse()(gm)
+    history(gm)[1].rewrites[0].reverse()
+    store.save(gm, tmp_path / "net")
+    return gm, tmp_path / "net"
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_is_loaded_is_what_was_saved(tmp_path, dialect):
+    gm, folder = saved(tmp_path, dialect)
+    loaded = store.load(folder)
+    assert repr(history(loaded)) == repr(history(gm))
+    assert torch.equal(loaded(*X), gm(*X))
+    assert [*loaded.state_dict()] == [*gm.state_dict()]
+    for side in (gm, loaded):
+        history(side).checkout(0)
+    assert torch.equal(loaded(*X), gm(*X))
+    assert store.digest(loaded) == store.digest(gm)
+
+
+def test_a_fresh_process_loads_the_same(tmp_path):
+    gm, folder = saved(tmp_path, "aten")
+    torch.save([X[0], gm(*X).detach()], tmp_path / "io.pt")
+    code = (
+        "import sys, torch, fxopt.store as s; x, y = torch.load(sys.argv[2]); "
+        "torch.set_num_threads(1); assert torch.equal(s.load(sys.argv[1])(x), y)"
+    )
+    subprocess.run([sys.executable, "-c", code, folder, tmp_path / "io.pt"], check=True)
+
+
+def test_nothing_is_pickled(tmp_path):
+    _, folder = saved(tmp_path, "module")
+    assert sorted(p.name for p in folder.iterdir()) == ["fxopt.json", "graph.json", "model.safetensors"]
+    json.loads((folder / "graph.json").read_text())
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    _, folder = saved(tmp_path, "module")
+    loaded = store.load(folder)
+    assert loaded.a.weight is loaded.b.weight
+
+
+def test_an_interrupted_save_leaves_the_old_one(tmp_path, monkeypatch):
+    gm, folder = saved(tmp_path, "aten")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "write_journal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(gm, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        store.save(gm, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    (
+        (lambda f: (f / "fxopt.json").unlink(), "has no fxopt.json"),
+        (lambda f: (f / "graph.json").unlink(), "lacks graph.json"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x"), "is not the file that was saved"),
+        (lambda f: (f / "fxopt.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "fxopt.json").write_text('{"format": 99}'), "not of format"),
+    ),
+)
+def test_a_damaged_folder_is_one_line(tmp_path, spoil, message):
+    _, folder = saved(tmp_path, "aten")
+    spoil(folder)
+    with pytest.raises(StoreError, match=message) as caught:
+        store.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_replay_that_differs_is_refused(tmp_path):
+    _, folder = saved(tmp_path, "aten")
+    entry = json.loads((folder / "fxopt.json").read_text())
+    entry["commits"][0]["after"] = "0" * 64
+    (folder / "fxopt.json").write_text(json.dumps(entry))
+    with pytest.raises(StoreError, match=r"EliminateDropout\(\) made another graph"):
+        store.load(folder)
+
+
+def test_a_module_of_ones_own_cannot_be_written(tmp_path):
+    class Own(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m, name):
+            return True
+
+    model = nn.Sequential(Own())
+    gm = torch.fx.GraphModule(model, Tracer().trace(model))
+    with pytest.raises(StoreError, match="0 is a .*Own, which cannot be written without pickle"):
+        store.save(gm, tmp_path / "own")
+    assert not os.path.exists(tmp_path / "own")
