@@ -1077,4 +1077,20 @@ def share(gm: GraphModule) -> GraphModule:
                     held = slot.value.modules() if isinstance(slot.value, nn.Module) else ()
                     tensors = [t for m in held for t in (*m._parameters.values(), *m._buffers.values())]
                     memo |= {id(t): t for t in (*tensors, slot.value) if isinstance(t, torch.Tensor)}
-    return copy.deepcopy(gm, memo)
+    found = copy.deepcopy(gm, memo)
+    _restore_layout(gm, found)
+    return found
+
+
+def _restore_layout(gm: GraphModule, made: GraphModule) -> None:
+    """What GraphModule's own copy forgets: tensors that no node reads, which buffers persist, the order of entries."""
+    copies = dict(made.named_modules())
+    for path, module in gm.named_modules():
+        twin = copies.get(path)
+        if twin is None:
+            continue
+        for store, own in ((module._parameters, twin._parameters), (module._buffers, twin._buffers)):
+            own.clear()
+            own.update(store)  # type: ignore[arg-type]
+        twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        _reorder(twin._modules, tuple(module._modules))
