@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, overload
@@ -371,6 +372,16 @@ def _forward(gm: GraphModule, delta: Delta, what: str) -> None:
     deltas.apply(gm, delta)
 
 
+def source_line(trace: str) -> str:
+    """The innermost line of a ``stack_trace`` that is not torch's own: ``file.py:12: the code``."""
+    found = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
+    own = [f for f in found if "/torch/" not in f[0]] or found
+    if not own:
+        return trace.strip().splitlines()[-1].strip()
+    file, line, code = own[-1]
+    return f"{file.rpartition('/')[2]}:{line}: {code.strip()}"
+
+
 # --- the view that users hold --------------------------------------------------------------------------------------
 
 
@@ -413,7 +424,7 @@ class Rewrite:
         for key in (*self.removed, *self.changed, *self.created):
             for meta in self.part.delta.metas.get(key, (None, None)):
                 if trace := (meta or {}).get("stack_trace"):
-                    return str(trace).strip().splitlines()[-1].strip()
+                    return source_line(str(trace))
         return None
 
     def reverse(self, edited: Edited = "refuse") -> None:
