@@ -6,9 +6,9 @@ width 32. `load` also takes a local folder or a hub name.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,13 +33,17 @@ class MLP(nn.Module):
         super().__init__()
         self.features = features
         sizes = [features] + [width] * depth
-        blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sizes, sizes[1:])]
+        blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(sizes)]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.blocks(x))
         return logits
+
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Tensor]:
+        """Random rows; there is no sequence."""
+        return {"x": torch.randn(batch_size, self.features)}
 
 
 class GraphLayer(nn.Module):
@@ -77,6 +81,12 @@ class GraphNetwork(nn.Module):
             h = layer(h, adjacency)
         logits: Tensor = self.head(h.mean(dim=1))
         return logits
+
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Tensor]:
+        """Random graphs of `sequence_length` nodes, with a symmetric adjacency of about one edge in four."""
+        upper = torch.rand(batch_size, sequence_length, sequence_length).triu(1) > 0.75
+        adjacency = (upper | upper.transpose(1, 2)).float()
+        return {"x": torch.randn(batch_size, sequence_length, self.features), "adjacency": adjacency}
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ _SMALL_DECODER = _options(
 )
 _TINY_RESNET = _options(embedding_size=8, hidden_sizes=[8, 16, 32, 32], depths=[1, 1, 1, 1], num_labels=10)
 
+# fmt: off
 _TABLE: Mapping[str, BuiltIn] = MappingProxyType(
     {
         "bert-base": BuiltIn(
@@ -220,7 +231,8 @@ _TABLE: Mapping[str, BuiltIn] = MappingProxyType(
             _options(features=8, width=32, depth=2, classes=10), plain=GraphNetwork,
         ),
     }
-)  # fmt: skip
+)
+# fmt: on
 
 
 def names() -> tuple[str, ...]:
@@ -273,8 +285,10 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
         model = build(text)
     elif Path(text).is_dir():
         model = _load_folder(Path(text))
-    elif os.sep in text and text.count("/") != 1 or text.startswith((".", "~")):
-        raise UsageError(f"there is no folder {text!r}: give a folder with a config.json, a hub name or one of `fxopt models`")
+    elif text.count("/") > 1 or text.startswith((".", "~", "/")):
+        raise UsageError(
+            f"there is no folder {text!r}: give a folder with a config.json, a hub name or a built-in name"
+        )
     else:
         model = _load_hub(text)
     return model.to(device=device, dtype=dtype).eval() if dtype is not None else model.to(device=device).eval()
@@ -296,7 +310,8 @@ def _make(entry: BuiltIn, options: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     config_class = getattr(transformers, str(entry.config))
-    model: nn.Module = getattr(transformers, entry.architecture)(config_class(**options, architectures=[entry.architecture]))
+    config = config_class(**options, architectures=[entry.architecture])
+    model: nn.Module = getattr(transformers, entry.architecture)(config)
     return model
 
 
@@ -337,7 +352,7 @@ def _load_hub(name: str) -> nn.Module:
     try:
         cached = try_to_load_from_cache(name, "config.json")
     except HFValidationError as error:
-        raise UsageError(f"{name!r} is neither a built-in model, a folder nor a hub name: see `fxopt models`") from error
+        raise UsageError(f"{name!r} is no built-in model, folder or hub name: see `fxopt models`") from error
     if not isinstance(cached, str):
         _need_network(name, offline=constants.is_offline_mode(), endpoint=constants.ENDPOINT)
     try:
@@ -351,7 +366,7 @@ def _load_hub(name: str) -> nn.Module:
 def _need_network(name: str, offline: bool, endpoint: str) -> None:
     """Refuse in one line, within seconds, where the hub's own client would retry for minutes."""
     if offline:
-        raise UsageError(f"the hub model {name!r} is not in the local cache and HF_HUB_OFFLINE is set: {_instead(name)}")
+        raise UsageError(f"the hub model {name!r} is not in the cache and HF_HUB_OFFLINE is set: {_instead(name)}")
     if not _reachable(endpoint):
         raise UsageError(f"the hub model {name!r} needs a network and {endpoint} cannot be reached: {_instead(name)}")
 
