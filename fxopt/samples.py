@@ -10,7 +10,7 @@ import copy
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import sympy  # type: ignore[import-untyped]
@@ -84,24 +84,25 @@ class InputSet:
     kwargs: Mapping[str, Any]
     label: str
     origin: Literal["given", "drawn"] = "given"
+    names: tuple[str, ...] = ()  # of the positional arguments
 
     def call(self, function: Callable[..., Any]) -> Any:
         return function(*self.args, **self.kwargs)
 
-    def tensors(self, function: Callable[..., Any] | None = None) -> list[tuple[str, Tensor]]:
-        """The tensors inside, each with its name: the parameter of `function` that takes it, or `args[0]`."""
-        return [(part.path, part.value) for part in self.parts(function) if isinstance(part.value, Tensor)]
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The tensors inside, each with its name: the parameter that takes it, and its place in what is nested."""
+        return [(part.path, part.value) for part in self.parts() if isinstance(part.value, Tensor)]
 
-    def parts(self, function: Callable[..., Any] | None = None) -> list[Part]:
-        names = _parameter_names(function, len(self.args))
-        named = [*zip(names, self.args, strict=True), *self.kwargs.items()]
+    def parts(self) -> list[Part]:
+        """Containers and leaves of every argument; see `flatten`."""
+        named = [*zip(self.names, self.args, strict=True), *self.kwargs.items()]
         return [part for name, value in named for part in flatten(value, name)]
 
-    def with_tensors(self, replace: Mapping[int, Tensor], **changes: Any) -> InputSet:
+    def with_tensors(self, tensors: Mapping[int, Tensor]) -> InputSet:
         """The same nest of containers with other tensors, by the `id` of the tensor replaced."""
-        memo: dict[int, Any] = dict(replace)
+        memo: dict[int, Any] = dict(tensors)
         args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)), memo)
-        return InputSet(args, kwargs, changes.get("label", self.label), changes.get("origin", self.origin))
+        return replace(self, args=args, kwargs=kwargs)
 
     def clone(self, dtype: torch.dtype | None = None) -> InputSet:
         """A copy that shares no memory with this one; tensors that share memory here share it there.
@@ -148,46 +149,40 @@ def widened(dtype: torch.dtype, to: torch.dtype | None) -> torch.dtype:
     return to if dtype.is_floating_point else dtype
 
 
-def _parameter_names(function: Callable[..., Any] | None, count: int) -> list[str]:
-    numbered = [f"args[{i}]" for i in range(count)]
-    if function is None:
-        return numbered
-    try:
-        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
-    except (TypeError, ValueError):  # a builtin without a signature
-        return numbered
-    names = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return (names + numbered[len(names) :])[:count]
-
-
-def normal_form(inputs: Any) -> list[InputSet]:
+def normal_form(inputs: Any, function: Callable[..., Any]) -> list[InputSet]:
     """Input sets from what a user gives: a tensor, a tuple (positional), a mapping (keywords), or a list of those.
 
-    UsageError for anything else and for an empty list.
+    Positional arguments are named by the parameters of `function`. UsageError for anything else, and an empty list.
     """
-    if isinstance(inputs, InputSet):
-        return [inputs]
     if not isinstance(inputs, list):
-        return [_one(inputs, "given input set")]
+        return [_one(inputs, function, "given input set")]
     if not inputs:
         raise UsageError("inputs is an empty list: give at least one input set, a tuple or a dict")
-    return [_one(item, f"given input set {i} of {len(inputs)}") for i, item in enumerate(inputs, 1)]
+    return [_one(item, function, f"given input set {i} of {len(inputs)}") for i, item in enumerate(inputs, 1)]
 
 
-def _one(inputs: Any, label: str) -> InputSet:
+def _one(inputs: Any, function: Callable[..., Any], label: str) -> InputSet:
     if isinstance(inputs, InputSet):
         return inputs
     if isinstance(inputs, Tensor):
-        return InputSet((inputs,), {}, label)
+        inputs = (inputs,)
     if isinstance(inputs, tuple):
-        return InputSet(inputs, {}, label)
+        return InputSet(inputs, {}, label, names=_parameter_names(function, len(inputs)))
     if isinstance(inputs, Mapping):
         if strange := [key for key in inputs if not isinstance(key, str)]:
             raise UsageError(f"an input set as a dict needs parameter names as keys, but has {strange[0]!r}")
         return InputSet((), dict(inputs), label)
-    raise UsageError(
-        f"an input set is a tuple (positional), a dict (keywords) or a tensor, not {type(inputs).__name__}"
-    )
+    raise UsageError(f"an input set is a tuple, a dict (keywords) or a tensor, not {type(inputs).__name__}")
+
+
+def _parameter_names(function: Callable[..., Any], count: int) -> tuple[str, ...]:
+    numbered = tuple(f"args[{i}]" for i in range(count))
+    try:
+        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return numbered
+    names = tuple(p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return (names + numbered[len(names) :])[:count]
 
 
 # --------------------------------------------------------------------------------------------------------- drawing
@@ -208,10 +203,9 @@ Size = Any  # an int, or a sympy expression of symbols
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws input sets like the given ones, for `function`; see `draw`."""
+    """Draws input sets like the given ones; see `draw`."""
 
     given: tuple[InputSet, ...]
-    function: Callable[..., Any]
     sizes: Mapping[str, tuple[Size, ...]]  # by the input's name; a symbol is one of `axes`
     axes: Mapping[Symbol, Axis]
 
@@ -267,27 +261,26 @@ class Sampler:
 
     def _filled(self, which: int, values: Mapping[Symbol, int], filling: _Filling, label: str) -> InputSet:
         base, drawn, notes = self.given[which], {}, []
-        for name, tensor in base.tensors(self.function):
+        for name, tensor in base.tensors():
             if id(tensor) in drawn:
                 continue
             shape = tuple(_evaluate(size, values) for size in self.sizes.get(name, tuple(tensor.shape)))
-            seen = [t for one in self.given for n, t in one.tensors(self.function) if n == name]
+            seen = [t for one in self.given for n, t in one.tensors() if n == name]
             drawn[id(tensor)], note = filling.fill(name, tensor, seen, shape)
             notes.append(f"{name} {'×'.join(map(str, shape)) or 'scalar'}{note}")
         label = f"{label} ({', '.join(notes)})" if notes else label
-        return self._with_sizes(base.with_tensors(drawn, label=label, origin="drawn"), values)
+        return self._with_sizes(replace(base.with_tensors(drawn), label=label, origin="drawn"), values)
 
     def _with_sizes(self, drawn: InputSet, values: Mapping[Symbol, int]) -> InputSet:
         """Integers that are inputs themselves and stand for a symbol follow it."""
-        names = _parameter_names(self.function, len(drawn.args))
 
         def follow(name: str, value: Any) -> Any:
             size = self.sizes.get(name)
             return _evaluate(size[0], values) if size and type(value) is int else value
 
-        args = tuple(follow(name, value) for name, value in zip(names, drawn.args, strict=True))
+        args = tuple(follow(name, value) for name, value in zip(drawn.names, drawn.args, strict=True))
         kwargs = {name: follow(name, value) for name, value in drawn.kwargs.items()}
-        return InputSet(args, kwargs, drawn.label, drawn.origin)
+        return replace(drawn, args=args, kwargs=kwargs)
 
 
 def _choose_size(turn: int, given: int, least: int, most: int, chance: random.Random) -> int:
@@ -305,19 +298,15 @@ def _evaluate(size: Size, values: Mapping[Symbol, int]) -> int:
     return size if isinstance(size, int) else int(size.subs(dict(values)))
 
 
-def sampler(given: Sequence[InputSet], function: Callable[..., Any], like: GraphModule | None = None) -> Sampler:
-    """A sampler for `function`, whose sizes vary as the captured graph says, or as the given sets do.
+def sampler(given: Sequence[InputSet], captured_as: Callable[..., Any]) -> Sampler:
+    """A sampler whose sizes vary as the captured graph says, or as the given sets do.
 
-    The graph is `like`, or `function` where that is a graph module; sizes come from its placeholders' `meta["val"]`.
-    Where no placeholder has one, sizes that differ between the given sets vary within what was given.
+    If `captured_as` is a graph module, sizes come from its placeholders' `meta["val"]`. Where no placeholder has one,
+    sizes that differ between the given sets vary within what was given.
     """
-    graph = like if like is not None else function
-    captured = _placeholder_values(graph) if isinstance(graph, GraphModule) else {}
-    if captured:
-        sizes, axes = _captured_sizes(given, function, captured)
-    else:
-        sizes, axes = _observed_sizes(given, function)
-    return Sampler(tuple(given), function, sizes, axes)
+    captured = _placeholder_values(captured_as) if isinstance(captured_as, GraphModule) else {}
+    sizes, axes = _captured_sizes(given, captured) if captured else _observed_sizes(given)
+    return Sampler(tuple(given), sizes, axes)
 
 
 def _placeholder_values(gm: GraphModule) -> dict[str, Any]:
@@ -335,13 +324,13 @@ def _placeholder_values(gm: GraphModule) -> dict[str, Any]:
 
 
 def _captured_sizes(
-    given: Sequence[InputSet], function: Callable[..., Any], captured: Mapping[str, Any]
+    given: Sequence[InputSet], captured: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Size, ...]], dict[Symbol, Axis]]:
     sizes: dict[str, tuple[Size, ...]] = {}
     observed: dict[Symbol, list[int | None]] = {}
     ranges: dict[Symbol, tuple[int, int]] = {}
     for which, one in enumerate(given):
-        for part in one.parts(function):
+        for part in one.parts():
             symbolic = _dimensions(captured.get(part.path))
             actual = tuple(part.value.shape) if isinstance(part.value, Tensor) else (part.value,)
             if symbolic is None or len(symbolic) != len(actual):
@@ -376,12 +365,12 @@ def _is_known(size: Size, axes: Mapping[Symbol, Axis]) -> bool:
 
 
 def _observed_sizes(
-    given: Sequence[InputSet], function: Callable[..., Any]
+    given: Sequence[InputSet],
 ) -> tuple[dict[str, tuple[Size, ...]], dict[Symbol, Axis]]:
     """Sizes that went together in every given set are one axis; those that never changed are constants."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for one in given:
-        for name, tensor in one.tensors(function):
+        for name, tensor in one.tensors():
             shapes.setdefault(name, []).append(tuple(tensor.shape))
     symbols: dict[tuple[int, ...], sympy.Symbol] = {}
     sizes: dict[str, tuple[Size, ...]] = {}
