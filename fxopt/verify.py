@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.errors import UsageError, VerificationError
 from fxopt.samples import InputSet, Part, Sampler, clone_tensors, flatten, normal_form, sampler, widened
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 DEFAULT_TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -158,37 +157,39 @@ class Verification:
             "outputs": [difference.to_json() for difference in self.outputs],
         }
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=self._title, title_justify="left")
         for column in _COLUMNS:
-            table.add_column(column, justify="left" if column in ("output", "verdict") else "right")
+            text = column in ("output", "verdict")
+            table.add_column(column, justify="left" if text else "right", overflow="fold")
         for difference in self.outputs:
             table.add_row(*_cells(difference), style=None if difference.ok else "bold red")
-        return table
+        return table if self.ok else Group(table, Text(self.summary, style="red"))
 
     def _repr_html_(self) -> str:
         rows = [f"<tr>{''.join(f'<th>{column}</th>' for column in _COLUMNS)}</tr>"]
         for difference in self.outputs:
             cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(difference))
             rows.append(f"<tr>{cells}</tr>" if difference.ok else f"<tr style='color:#c00'>{cells}</tr>")
-        return f"<table><caption>{html.escape(self._title)}</caption>{''.join(rows)}</table>"
+        table = f"<table><caption>{html.escape(self._title)}</caption>{''.join(rows)}</table>"
+        return table if self.ok else f"{table}<p style='color:#c00'>{html.escape(self.summary)}</p>"
 
     @property
     def _title(self) -> str:
         return f"{'verified' if self.ok else 'FAILED'} on {self._sets}; judged against {self.method}"
 
 
-_COLUMNS = ("output", "max abs", "max rel", "mean abs", "× own error", "worst at", "expected", "got", "verdict")
+_COLUMNS = ("output", "max abs", "max rel", "mean abs", "× own", "verdict")
 
 
 def _cells(d: Difference) -> tuple[str, ...]:
     own = "" if d.own_units is None else f"{d.own_units:.3g}"
-    where = "" if d.index is None else str(list(d.index))
-    numbers = tuple(f"{number:.2e}" for number in (d.max_abs, d.max_rel, d.mean_abs))
-    values = ("", "") if d.expected is None and d.got is None else (_short(d.expected), _short(d.got))
-    return d.name, *numbers, own, where, *values, "ok" if d.ok else f"{d.reason}, on the {d.input_set}"
+    numbers = (f"{number:.1e}" if number else "0" for number in (d.max_abs, d.max_rel, d.mean_abs))
+    return d.name.removeprefix("output."), *numbers, own, d.reason or "ok"
 
 
 def _short(value: Any) -> str:
@@ -574,24 +575,33 @@ class _Float64(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._assert_tensor_metadata.default:
             return None
-        self._refuse(func, args, kwargs or {})
-        args, kwargs = pytree.tree_map(_widen, (tuple(args), dict(kwargs or {})))
-        return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and (doubtful := _doubtful_arguments(func)) is not None:
+            _refuse(func, doubtful, args, kwargs)
+        return func(*(_widen(value) for value in args), **{key: _widen(value) for key, value in kwargs.items()})
 
-    @staticmethod
-    def _refuse(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if not isinstance(func, torch._ops.OpOverload):
-            return
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, named):
+
+@functools.cache
+def _doubtful_arguments(func: Any) -> tuple[tuple[int, str], ...] | None:
+    """The place and name of each argument that the operator writes to; None where there is nothing to look at."""
+    arguments = func._schema.arguments
+    written = tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+    special = torch.Tag.nondeterministic_seeded in func.tags or func is torch.ops.aten.view.dtype
+    return written if written or special else None
+
+
+def _refuse(func: Any, written: Sequence[tuple[int, str]], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """_NotInFloat64 where a call would mean something else in float64."""
+    if func is torch.ops.aten.view.dtype:
+        raise _NotInFloat64("aten.view.dtype reads the bits of a number")
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        names = (argument.name for argument in func._schema.arguments)
+        if not _draws_nothing(func, dict(zip(names, args, strict=False)) | dict(kwargs)):
             raise _NotInFloat64(f"{func} draws random numbers, which differ in float64")
-        if func is torch.ops.aten.view.dtype:
-            raise _NotInFloat64("aten.view.dtype reads the bits of a number")
-        for argument in func._schema.arguments:
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            value = named.get(argument.name)
-            if writes and isinstance(value, Tensor) and widened(value.dtype, torch.float64) is not value.dtype:
-                raise _NotInFloat64(f"{func} writes to a {_name(value.dtype)} tensor that the call did not make")
+    for place, name in written:
+        value = args[place] if place < len(args) else kwargs.get(name)
+        if isinstance(value, Tensor) and widened(value.dtype, torch.float64) is not value.dtype:
+            raise _NotInFloat64(f"{func} writes to a {_name(value.dtype)} tensor that the call did not make")
 
 
 def _draws_nothing(func: Any, named: Mapping[str, Any]) -> bool:
@@ -604,8 +614,11 @@ def _draws_nothing(func: Any, named: Mapping[str, Any]) -> bool:
 def _widen(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return widened(value, torch.float64)
-    if type(value) in (Tensor, nn.Parameter) and widened(value.dtype, torch.float64) is not value.dtype:
-        return value.to(widened(value.dtype, torch.float64))
+    if type(value) in (Tensor, nn.Parameter):
+        wide = widened(value.dtype, torch.float64)
+        return value if wide is value.dtype else value.to(wide)
+    if type(value) in (list, tuple):
+        return type(value)(_widen(item) for item in value)
     return value
 
 
