@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import html
 import math
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +22,8 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.errors import UsageError, VerificationError
-from fxopt.samples import InputSet, Part, Sampler, clone_tensors, flatten, normal_form, sampler, widened
+from fxopt.isolation import is_plain, module_of, own_copies, own_tensors, quiet
+from fxopt.samples import InputSet, Part, Sampler, flatten, normal_form, sampler, widened
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -381,8 +380,8 @@ def _line(error: Exception) -> str:
 
 def _coarsest(before: Callable[..., Any]) -> torch.dtype | None:
     """The least precise float dtype that the original computes with, as far as its tensors show."""
-    module = _module_of(before)
-    dtypes = {t.dtype for t in _own_tensors(module).values()} if module is not None else set()
+    module = module_of(before)
+    dtypes = {t.dtype for t in own_tensors(module).values()} if module is not None else set()
     floats = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
@@ -401,8 +400,10 @@ def _attempt(function: Callable[..., Any], one: InputSet, seed: int) -> _Run | E
 def _run(function: Callable[..., Any], one: InputSet, seed: int, wide: _Widened | None = None) -> _Run:
     """Call `function` on a copy of the inputs, with copies of the module's buffers, without gradients."""
     inputs = one.clone(torch.float64 if wide is not None else None)
-    module = _module_of(function)
-    with _quiet(seed, one), _own_copies(module, wide) as copies, torch.no_grad():
+    module = module_of(function)
+    tensors = [tensor for _, tensor in inputs.tensors()]
+    copied = own_copies(module) if wide is None else own_copies(module, torch.float64, wide.parameter)
+    with quiet(seed, tensors), copied as copies, torch.no_grad():
         versions = {path: tensor._version for path, tensor in copies.items()}
         if wide is None:
             result = inputs.call(function)
@@ -411,100 +412,9 @@ def _run(function: Callable[..., Any], one: InputSet, seed: int, wide: _Widened 
                 result = inputs.call(function)
         outputs = tuple(flatten(result, "output"))
         written = {path: t for path, t in copies.items() if t._version != versions[path]}
-        owned = None if module is None else _sharing_with(outputs, [*copies.values(), *_own_tensors(module).values()])
+        owned = None if module is None else _sharing_with(outputs, [*copies.values(), *own_tensors(module).values()])
     after = tuple(inputs.tensors())
     return _Run(outputs, after, written, _sharing(outputs, after), owned)
-
-
-def _module_of(function: Callable[..., Any]) -> nn.Module | None:
-    """The module whose tensors a call uses, where that can be known."""
-    if isinstance(function, nn.Module):
-        return function
-    if isinstance(function, functools.partial):
-        return _module_of(function.func)
-    owner = getattr(function, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else None
-
-
-@contextmanager
-def _quiet(seed: int, one: InputSet) -> Iterator[None]:
-    """The same chance for every run of a case, and the caller's afterwards."""
-    devices = sorted({t.device.index or 0 for _, t in one.tensors() if t.device.type == "cuda"})
-    if torch.cuda.is_available() and torch.cuda.is_initialized() and not devices:
-        devices = [torch.cuda.current_device()]
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    arrays = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if numpy is not None:
-            numpy.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(arrays)
-
-
-def _slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
-    """Every place that holds a tensor: path, the dictionary, its key, the tensor. Plain attributes included."""
-    for prefix, owner in module.named_modules(remove_duplicate=True):
-        for held in (owner._parameters, owner._buffers, owner.__dict__):
-            for key, value in held.items():
-                if isinstance(value, Tensor):
-                    yield f"{prefix}.{key}" if prefix else key, held, key, value
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {path: tensor for path, _, _, tensor in _slots(module)}
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Not packed, sparse or quantized: a call can write to it, and a copy is as good as itself."""
-    return tensor.layout is torch.strided and not tensor.is_quantized
-
-
-@contextmanager
-def _own_copies(module: nn.Module | None, wide: _Widened | None) -> Iterator[dict[str, Tensor]]:
-    """Put copies of a module's buffers and plain tensors in their place, and yield them by path.
-
-    A call may write to them (batch statistics, counters) or hang new tensors on the module (caches): afterwards every
-    module holds exactly what it held. With `wide`, parameters too are replaced, all by float64.
-    """
-    if module is None:
-        yield {}
-        return
-    held = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers, m.__dict__)]
-    slots = list(_slots(module))
-    written = [tensor for *_, tensor in slots if not isinstance(tensor, nn.Parameter) and _is_plain(tensor)]
-    copies = clone_tensors(written, torch.float64 if wide is not None else None)
-    try:
-        for _, owner, key, tensor in slots:
-            if id(tensor) in copies:
-                owner[key] = copies[id(tensor)]
-            elif wide is not None:
-                owner[key] = wide.parameter(tensor)
-        _flatten_recurrent(module)
-        yield {path: copies[id(tensor)] for path, _, _, tensor in slots if id(tensor) in copies}
-    finally:
-        for owner, before in held:
-            _restore(owner, before)
-        _flatten_recurrent(module)
-
-
-def _restore(owner: dict[str, Any], before: Mapping[str, Any]) -> None:
-    if list(owner) == list(before) and all(owner[key] is value for key, value in before.items()):
-        return
-    owner.clear()
-    owner.update(before)
-
-
-def _flatten_recurrent(module: nn.Module) -> None:
-    """Recurrent layers keep a list of their weights beside the weights."""
-    for layer in module.modules():
-        if isinstance(layer, nn.RNNBase):
-            layer._flat_weights[:] = [getattr(layer, name, None) for name in layer._flat_weights_names]
 
 
 # --------------------------------------------------------------------------------------------------------- aliasing
@@ -683,8 +593,8 @@ def _reference(before: Callable[..., Any], case: _Case, wide: _Widened) -> dict[
 
 def _plan(before: Callable[..., Any], cases: Sequence[_Case]) -> tuple[_Widened | None, str]:
     """How to run in float64 with the memory there is; and a remark, or the reason why not."""
-    module = _module_of(before)
-    own = {id(t): t for t in _own_tensors(module).values()}.values() if module is not None else ()
+    module = module_of(before)
+    own = {id(t): t for t in own_tensors(module).values()}.values() if module is not None else ()
     sizes = [8 * t.numel() for t in own if widened(t.dtype, torch.float64) is not t.dtype]
     flowing = max(8 * sum(t.numel() for t in case.run.tensors().values()) for case in cases)
     devices = {t.device for t in own} | {t.device for c in cases for t in c.run.tensors().values()}
@@ -909,7 +819,7 @@ def _bits_differ(expected: Tensor, got: Tensor) -> Tensor:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    if not _is_plain(a) or not a.is_floating_point() or a.element_size() == 1:
+    if not is_plain(a) or not a.is_floating_point() or a.element_size() == 1:
         return torch.equal(a, b)
     return not bool(_bits_differ(a, b).any())
 
