@@ -1,3 +1,66 @@
 """Git for model graphs: verified, timed and reversible transformations of torch.fx graph modules."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# Several functions bear the name of their module (fxopt.capture is a function, `from fxopt.capture import …` reads the
+# module).  The modules are imported first, so that a later import cannot put one of them in a function's place.
+from fxopt.benchmark import Comparison, benchmark, benchmark_many
+from fxopt.capture import capture, capture_report
+from fxopt.compose import Pipeline, Result, compose, repeat
+from fxopt.errors import FxoptError
+from fxopt.history import History, history
+from fxopt.pattern import Miss
+from fxopt.shapes import propagate
+from fxopt.text import show
+from fxopt.transformation import ReversibleTransformation, Rewrite, Transformation
+from fxopt.verify import Verification, verify
+
+if TYPE_CHECKING:
+    from fxopt.huggingface import dynamo_backend, optimize
+    from fxopt.store import load, save
+
+_LAZY = {  # what needs transformers, or the whole catalogue
+    "optimize": "fxopt.huggingface",
+    "dynamo_backend": "fxopt.huggingface",
+    "save": "fxopt.store",
+    "load": "fxopt.store",
+}
+
+__all__ = [
+    "Comparison",
+    "FxoptError",
+    "History",
+    "Miss",
+    "Pipeline",
+    "Result",
+    "ReversibleTransformation",
+    "Rewrite",
+    "Transformation",
+    "Verification",
+    "__version__",
+    "benchmark",
+    "benchmark_many",
+    "capture",
+    "capture_report",
+    "compose",
+    "dynamo_backend",
+    "history",
+    "load",
+    "optimize",
+    "propagate",
+    "repeat",
+    "save",
+    "show",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fxopt' has no attribute {name!r}")

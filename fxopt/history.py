@@ -102,8 +102,10 @@ def atomic(gm: GraphModule) -> Iterator[Snapshot]:
     try:
         yield before
     except BaseException:
+        made = commits(gm)
         deltas.apply(gm, diff(before, snapshot(gm)).inverse())
         _store(gm, known)
+        _unmark_absent(gm, made)
         _recompile(gm)
         raise
 
@@ -193,14 +195,13 @@ def unmark(node: Node, signature: str) -> None:
         node.meta.pop(MARKS, None)
 
 
-def _unmark_absent(gm: GraphModule) -> None:
-    """Marks name only what stands in the history."""
-    active = {c.signature for c in commits(gm)}
-    for inner in graphs(gm).values():
+def _unmark_absent(gm: GraphModule, former: Sequence[Commit]) -> None:
+    """Take the marks back of those of the ``former`` commits whose signature stands in the history no more."""
+    gone = {c.signature for c in former} - {c.signature for c in commits(gm)}
+    for inner in graphs(gm).values() if gone else ():
         for node in inner.graph.nodes:
-            for signature in node.meta.get(MARKS, ()):
-                if signature not in active:
-                    unmark(node, signature)
+            for signature in gone.intersection(node.meta.get(MARKS, ())):
+                unmark(node, signature)
 
 
 # --- undo ---------------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def undo(gm: GraphModule, index: int, edited: Edited = "refuse") -> None:
     found = commits(gm)
     with atomic(gm):
         _undo(gm, found, index, frozenset(p.id for p in found[index].parts), edited, drop=True)
-        _unmark_absent(gm)
+        _unmark_absent(gm, found)
         _lint(gm)
     _recompile(gm)
 
@@ -506,7 +507,7 @@ class History(Sequence[Entry]):
             found = commits(self.gm)
             _take_back(self.gm, found[count:], "refuse")
             _store(self.gm, found[:count])
-            _unmark_absent(self.gm)
+            _unmark_absent(self.gm, found)
         _recompile(self.gm)
         return self.gm
 
