@@ -305,7 +305,7 @@ def benchmark_many(
 
     The options are those of `benchmark`.
     """
-    baseline = next(iter(contenders), None) if baseline is None else baseline
+    baseline = next(iter(contenders), "") if baseline is None else baseline
     if baseline not in contenders:
         raise UsageError(f"the baseline {baseline!r} is not among the contenders {list(contenders)}")
     return _compete(contenders, inputs, baseline, Options(**options))
@@ -467,7 +467,7 @@ class _CudaTimer(_Timer):
                 step()
             ended.record()
             ended.synchronize()
-        return began.elapsed_time(ended) / 1000
+        return float(began.elapsed_time(ended)) / 1000
 
 
 def _rounds(
@@ -482,9 +482,7 @@ def _rounds(
         for name in order:
             samples[name].append(timer.time(steps[name], calls[name]) / calls[name])
             if not samples[name][-1] > 0:
-                raise BenchmarkError(
-                    f"{name} took no time by the clock: give a larger min_time than {options.min_time}"
-                )
+                raise BenchmarkError(f"{name} took no time by the clock: give a min_time above {options.min_time}")
         if done >= _FEWEST_FOR_PRECISION and _all_precise(samples, baseline, options.precision):
             return samples, calls, "precise"
         if done >= _FEWEST and timer.now() - began >= options.max_time:
@@ -546,16 +544,18 @@ def _allocations(step: Callable[[], Any]) -> list[int]:
     Torch's own recording, read event by event: the profilers built on it add up by operator and lose the order. It
     sees temporaries inside kernels and custom operators, which a dispatch mode does not; and it is deterministic.
     """
-    if torch.autograd._profiler_enabled():
+    torch_profiler: Any = torch._C._autograd  # untyped
+    if torch_profiler._profiler_enabled():
         raise BenchmarkError("peak memory cannot be measured under torch's profiler: leave it, or give memory=False")
-    config = torch.autograd.ProfilerConfig(
-        torch.autograd.ProfilerState.CPU, False, True, False, False, False, torch._C._profiler._ExperimentalConfig()
+    experimental = torch._C._profiler._ExperimentalConfig()
+    state = torch_profiler.ProfilerState.CPU
+    torch_profiler._enable_profiler_legacy(
+        torch_profiler.ProfilerConfig(state, False, True, False, False, False, experimental)
     )
-    torch.autograd._enable_profiler_legacy(config)
     try:
         result = step()
     finally:
-        threads = torch.autograd._disable_profiler_legacy()
+        threads = torch_profiler._disable_profiler_legacy()
     del result
     own = next(events for events in threads if any(event.name() == "__start_profile" for event in events))
-    return [event.cpu_memory_usage() for event in own if event.kind() == "memory_alloc"]
+    return [int(event.cpu_memory_usage()) for event in own if event.kind() == "memory_alloc"]
