@@ -44,8 +44,12 @@ __all__ = [
     "InputSpec",
     "capture",
     "capture_report",
+    "difference",
     "export",
+    "positional_names",
     "propagate",
+    "quiet",
+    "register_caches",
     "structural_copy",
 ]
 
@@ -114,7 +118,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic: bool = True) -> G
     if isinstance(model, GraphModule):
         return _given(model, args, kwargs)
     frame = structural_copy(model).eval()
-    _register_caches(frame)
+    register_caches(frame)
     call = Call.of(frame, args, kwargs)
     expected = _reference(frame, call)
     sample = _enlarged(frame, call) if dynamic else call
@@ -167,11 +171,15 @@ class Call:
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call `module(*args, **kwargs)`, positional inputs named as `forward` names them."""
-        return cls((*_positional_names(module)(len(args)), *kwargs), (*args, *kwargs.values()), len(args))
+        return cls((*positional_names(module)(len(args)), *kwargs), (*args, *kwargs.values()), len(args))
+
+    def fresh(self) -> Call:
+        """The same inputs as new objects, for caches are written into."""
+        return Call(self.names, tuple(_fresh(value) for value in self.values), self.positional)
 
     def into(self, module: Callable[..., Any]) -> Any:
         """What `module` gives for these inputs, without gradients; it gets copies, for caches are written into."""
-        values = [_fresh(value) for value in self.values]
+        values = self.fresh().values
         keywords = dict(zip(self.names[self.positional :], values[self.positional :], strict=True))
         with torch.no_grad():
             return module(*values[: self.positional], **keywords)
@@ -247,7 +255,8 @@ def _paths(call: Call) -> Iterator[str]:
         yield from [name] if count == 1 else (f"{name}[{i}]" for i in range(count))
 
 
-def _positional_names(module: nn.Module) -> Callable[[int], list[str]]:
+def positional_names(module: nn.Module) -> Callable[[int], list[str]]:
+    """Names for the first so many positional inputs of `module`, by the signature that its forward has now."""
     parameters = inspect.signature(module.forward).parameters.values()
     plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return lambda count: [plain[i] if i < len(plain) else f"argument_{i}" for i in range(count)]
@@ -329,8 +338,8 @@ def export(module: nn.Module, call: Call, sizes: Sizes, exact_kernels: bool = Tr
     torch.export raises. `module.forward` is replaced meanwhile: give a copy of a model that others hold.
     """
     spec = {name: _dynamic(value, sizes) for name, value in zip(call.names, call.values, strict=True)}
-    values = {name: _fresh(value) for name, value in zip(call.names, call.values, strict=True)}
-    with _quiet(), _flat_signature(module, call), _transformers_patches(module, exact_kernels), torch.no_grad():
+    values = dict(zip(call.names, call.fresh().values, strict=True))
+    with quiet(), _flat_signature(module, call), _transformers_patches(module, exact_kernels), torch.no_grad():
         program = torch.export.export(
             module, (), values, dynamic_shapes=None if sizes == "static" else spec, strict=False
         )
@@ -338,7 +347,7 @@ def export(module: nn.Module, call: Call, sizes: Sizes, exact_kernels: bool = Tr
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.export logs, and prints, the whole graph when it fails; the reason is raised all the same."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -410,7 +419,7 @@ def _is_transformers(module: nn.Module) -> bool:
     return library is not None and any(isinstance(m, library.PreTrainedModel) for m in module.modules())
 
 
-def _register_caches(frame: nn.Module) -> None:
+def register_caches(frame: nn.Module) -> None:
     """Make transformers' key-value caches pytree nodes, so that a graph can take and return them."""
     if not _is_transformers(frame):
         return
@@ -471,8 +480,8 @@ def _wrong(gm: nn.Module, frame: nn.Module, call: Call, expected: Any) -> str | 
         actual = call.into(gm)
     except Exception as error:  # noqa: BLE001 - a graph that cannot run on the inputs is refused, with the reason
         return f"the graph does not run on the example inputs ({_line(error)})"
-    reason = _difference(expected, actual)
-    if reason is not None and _difference(expected, call.into(frame)) is not None:
+    reason = difference(expected, actual)
+    if reason is not None and difference(expected, call.into(frame)) is not None:
         return None  # the model does not even agree with itself: it draws random numbers
     return reason
 
@@ -491,11 +500,12 @@ def _wrong_alone(gm: nn.Module, frame: nn.Module, call: Call) -> str | None:
         actual = alone.into(gm)
     except AssertionError:  # the graph's own guard refuses a batch of one: it cannot go wrong in silence
         return None
-    reason = _difference(expected, actual)
+    reason = difference(expected, actual)
     return None if reason is None else f"on a batch of one, {reason}"
 
 
-def _difference(expected: Any, actual: Any) -> str | None:
+def difference(expected: Any, actual: Any) -> str | None:
+    """How outputs differ from eager's in structure or, beyond rounding, in numbers; None if they do not."""
     before, structure = pytree.tree_flatten(expected)
     after, other = pytree.tree_flatten(actual)
     if type(expected) is not type(actual) or len(before) != len(after) or structure != other:
@@ -532,7 +542,7 @@ class Captured(nn.Module):
         self.graph = graph
         self.guard = guard
         self.fallbacks: Counter[str] = Counter()
-        self._names = _positional_names(eager)
+        self._names = positional_names(eager)
         # not a registered submodule: its parameters would appear a second time in the state dict
         self.__dict__["_eager"] = eager
         for hooks in (
@@ -607,7 +617,7 @@ def _recorded(frame: nn.Module, sample: Call) -> dict[str, list[Call]]:
             call = Call.of(module, args, kwargs)
             key = (call.signature(), tuple(tuple(t.shape) for t in call.tensors()))
             if key not in seen and len(seen) < 8:
-                seen[key] = Call(call.names, tuple(_fresh(value) for value in call.values), call.positional)
+                seen[key] = call.fresh()
 
         return record
 

@@ -114,6 +114,11 @@ class Description:
     parameters: int
     hub: tuple[str, ...]
 
+    @property
+    def summary(self) -> str:
+        """What it is, in a few words."""
+        return f"{self.task} ({self.architecture})"
+
 
 def _options(**values: Any) -> Mapping[str, Any]:
     return MappingProxyType(values)

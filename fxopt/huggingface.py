@@ -1,0 +1,467 @@
+"""Optimised Hugging Face models that are still themselves, and the `torch.compile` backend.
+
+`optimize` gives a model of the same class: `generate`, `pipeline`, `save_pretrained` and `deepcopy` work as before. Its
+`forward` runs a captured and transformed graph where the inputs are those that the graph is for, and the model's own
+code everywhere else; every such fallback is counted by its reason in `model.fxopt.fallbacks`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxopt import catalogue, models
+from fxopt.capture import (
+    Call,
+    CaptureReport,
+    Guard,
+    capture,
+    capture_report,
+    difference,
+    positional_names,
+    quiet,
+    register_caches,
+    structural_copy,
+)
+
+from fxopt.errors import CaptureError, FxoptError, UsageError, VerificationError
+from fxopt.inputs import example_inputs as made_up_inputs
+from fxopt.transformation import Transformation
+
+Apply = Callable[[GraphModule], GraphModule]
+_FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
+_STEPS = (
+    5  # forward calls recorded of one `generate`: the first is the prefill, the last a decode step with a real past
+)
+_MOST_GRAPHS = 3  # of one module: a cache whose Python state differs in every step would otherwise give one for each
+
+
+def optimize(
+    model: nn.Module | str | Path,
+    pipeline: str | Apply | None = "default",
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    generation: bool = True,
+    dynamic: bool = True,
+) -> nn.Module:
+    """A model of the same class in eval mode, whose `forward` (and, in `generate`, prefill and decode) runs on graphs.
+
+    `model`: a module, or whatever `fxopt.models.load` takes. `pipeline`: "default", passes by name
+    (`"FuseLinearGELU,MergeLinears"`), any function of a graph module such as `fxopt.compose(…)`, or None to capture
+    only. `example_inputs` as for `fxopt.capture`, made up if None. `generation=False` leaves `generate` eager.
+
+    The given model is not touched; the result shares its parameters. `result.fxopt` holds the graphs, their histories
+    and the counts of calls and fallbacks; its graphs are for inference: they give no gradients, and a model in training
+    mode, one whose weights were replaced or edited, or inputs that need gradients run eagerly.
+
+    Raises UsageError for a wrong argument, CaptureError if no graph can be captured, VerificationError if a transformed
+    graph does not compute what the model computes, and whatever a pass raises.
+    """
+    result = _own(model, device, dtype)
+    apply = passes(pipeline, _device(result))
+    register_caches(result)
+    state = Optimized()
+    for module, title, calls in _calls(result, example_inputs, generation, state):
+        for graph in _graphs(module, title, calls, apply, dynamic, state):
+            state.add(module, graph)
+    if not state.entries:
+        raise CaptureError(f"no graph of {type(result).__name__} can be captured: {'; '.join(state.notes)}")
+    state.install(result)
+    return result
+
+
+def passes(pipeline: str | Apply | None, device: torch.device) -> Apply:
+    """The function that a pipeline's spelling stands for; see `optimize`."""
+    if pipeline is None:
+        return lambda gm: gm
+    if callable(pipeline):
+        return pipeline
+    if not isinstance(pipeline, str):
+        raise UsageError(f"pipeline is {pipeline!r}: give 'default', NAME,NAME(option=value),…, a function, or None")
+    from fxopt.compose import compose
+
+    return compose(*(default_passes(device) if pipeline == "default" else catalogue.parse(pipeline)))
+
+
+def default_passes(device: torch.device) -> list[Transformation]:
+    """The passes of the default pipeline on `device`."""
+    return [kind() for kind in catalogue.catalogue().values() if kind.preserves_computation]
+
+
+# ------------------------------------------------------------------------------------------------ the result's state
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph that stands in for one kind of call of one module."""
+
+    name: str
+    gm: GraphModule
+    guard: Guard
+
+    @property
+    def report(self) -> CaptureReport:
+        """How it was captured."""
+        return capture_report(self.gm)
+
+
+class Optimized:
+    """What `model.fxopt` is: the graphs behind a model's forward, and how often they were and were not used.
+
+    `enabled = False` makes the model eager. `calls` counts by graph, `fallbacks` by reason, `notes` says what was
+    left eager from the start and why.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.calls: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+        self.notes: tuple[str, ...] = ()
+        self.entries: list[Dispatch] = []
+        self.stamp: Stamp | None = None
+
+    @property
+    def graphs(self) -> dict[str, GraphModule]:
+        """The graph modules by name, such as `forward`, `prefill`, `decode`."""
+        return {graph.name: graph.gm for entry in self.entries for graph in entry.graphs}
+
+    def add(self, module: nn.Module, graph: Captured) -> None:
+        """Let `graph` stand in for calls of `module`, from `install` on."""
+        entry = next((e for e in self.entries if e.module is module), None)
+        if entry is None:
+            entry = Dispatch(module, self)
+            self.entries.append(entry)
+        entry.graphs.append(graph)
+
+    def install(self, model: nn.Module) -> None:
+        """Put the graphs in the place of `forward`."""
+        held = {id(t) for gm in self.graphs.values() for t in (*gm.parameters(), *gm.buffers())}
+        self.stamp = Stamp(model, held)
+        for entry in self.entries:
+            entry.module.__dict__["forward"] = entry
+        model.__dict__["fxopt"] = self
+
+    def note(self, text: str) -> None:
+        """Say what was left eager."""
+        self.notes = (*self.notes, text)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{graph.name}: {graph.report.route}, {graph.report.share_of_flops:.0%} of the compute, "
+            f"{len(graph.gm.graph.nodes)} nodes, {self.calls[graph.name]} calls"
+            for entry in self.entries
+            for graph in entry.graphs
+        ]
+        lines += [f"eager from the start: {note}" for note in self.notes]
+        lines += [f"fell back to eager {count} times: {reason}" for reason, count in self.fallbacks.most_common()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+class Stamp:
+    """What the graphs rely on in the model: its modules, hooks, tensors, and the values of those that they copied."""
+
+    def __init__(self, model: nn.Module, held: set[int]) -> None:
+        modules = list(model.modules())
+        self._modules = modules
+        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        tensors = [(own, name, t) for m in modules for own in (m._parameters, m._buffers) for name, t in own.items()]
+        self._tensors = [(own, name, t) for own, name, t in tensors if t is not None]
+        # a merged or folded weight is a copy: an edit of the original would not reach it
+        self._copied = [(name, t, t._version) for _, name, t in self._tensors if id(t) not in held]
+        self._hooks = [_hooks(m) for m in modules]
+        first = self._tensors[0][2] if self._tensors else None
+        self._placed = None if first is None else (first, first.dtype, first.device)
+
+    def broken(self) -> str | None:
+        """Why the graphs are out of date, or None."""
+        if any(m.training for m in self._modules):
+            return "the model is in training mode"
+        if any(own.get(name) is not child for own, name, child in self._children):
+            return "a submodule was replaced: optimize again"
+        if any(own.get(name) is not t for own, name, t in self._tensors):
+            return "a parameter or buffer was replaced: optimize again"
+        if self._placed is not None and (self._placed[0].dtype, self._placed[0].device) != self._placed[1:]:
+            return "the model was moved or converted: optimize again"
+        edited = next((name for name, t, version in self._copied if t._version != version), None)
+        if edited is not None:
+            return f"a parameter {edited!r} was edited in place: optimize again"
+        if any(_hooks(m) != before for m, before in zip(self._modules, self._hooks, strict=True)):
+            return "hooks were added or removed"
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stamp:
+        """The stamp of a copied model: copied tensors start with versions of their own."""
+        twin = Stamp.__new__(Stamp)
+        memo[id(self)] = twin
+        for name in ("_modules", "_children", "_tensors", "_placed"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        twin._hooks = list(self._hooks)
+        copied = [(name, copy.deepcopy(t, memo), t._version == version) for name, t, version in self._copied]
+        twin._copied = [(name, t, t._version if same else -1) for name, t, same in copied]
+        return twin
+
+
+def _hooks(module: nn.Module) -> int:
+    """How many hooks a module has, transformers' own recorders of hidden states aside: they rest unless asked for."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return 0
+    own = "transformers.utils.output_capturing"
+    foreign = [h for h in module._forward_hooks.values() if getattr(h, "__module__", "") != own]
+    return len(foreign) + len(module._forward_pre_hooks)
+
+
+class Dispatch:
+    """The `forward` of an optimised module: a graph where one is for the inputs, else the module's own code."""
+
+    def __init__(self, module: nn.Module, state: Optimized) -> None:
+        self.module = module
+        self.state = state
+        self.graphs: list[Captured] = []
+        self.__signature__ = inspect.signature(module.forward)
+        self._names = positional_names(module)
+        self._own = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the module's own forward returns for these inputs."""
+        if torch.compiler.is_compiling():  # also under torch.export: the tracer wants the model's own code
+            return self.eager(*args, **kwargs)
+        found = self._chosen(args, kwargs)
+        if isinstance(found, str):
+            self.state.fallbacks[f"{type(self.module).__name__}: {found}"] += 1
+            return self.eager(*args, **kwargs)
+        graph, inputs = found
+        self.state.calls[graph.name] += 1
+        with torch.no_grad():
+            return _written_back(graph.gm(**inputs), inputs)
+
+    def eager(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own code."""
+        if self._own is not None:
+            return self._own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def _chosen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Captured, dict[str, Any]] | str:
+        """The graph for these inputs, and the inputs as it takes them; or why there is none."""
+        stamp = self.state.stamp
+        if not self.state.enabled:
+            return "switched off"
+        if stamp is not None and (broken := stamp.broken()) is not None:
+            return broken
+        given = _named(self.module, dict(zip(self._names(len(args)), args, strict=True)) | dict(kwargs))
+        tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return "an input needs gradients"
+        if tensors and torch.is_autocast_enabled(tensors[0].device.type):
+            return "autocast is on"
+        reasons = {}
+        for graph in self.graphs:
+            inputs = _completed(given, graph.guard.names)
+            refused = graph.guard.refuses(inputs)
+            if refused is None:
+                return graph, inputs
+            reasons[len(set(inputs) ^ set(graph.guard.names))] = f"{graph.name} is not for {refused}"
+        return reasons[min(reasons)]
+
+
+def _named(module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Inputs by name without what says nothing: None, and flags that repeat the config."""
+    config = getattr(module, "config", None)
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and not (name in _FLAGS and config is not None and value is getattr(config, name, None))
+    }
+
+
+def _completed(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The inputs with the masks that models assume where none is given: attend to everything, one segment."""
+    if given.keys() >= set(names):
+        return given
+    tokens = given.get("input_ids")
+    if not isinstance(tokens, Tensor):
+        tokens = getattr(given.get("encoder_outputs"), "last_hidden_state", None)
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+        return given
+    filled = dict(given)
+    past = given.get("past_key_values")
+    seen = int(past.get_seq_length()) if past is not None and "input_ids" in given else 0
+    rows, columns = tokens.shape[:2]
+    if "attention_mask" in names and "attention_mask" not in given:
+        filled["attention_mask"] = torch.ones(rows, seen + columns, dtype=torch.long, device=tokens.device)
+    if "token_type_ids" in names and "token_type_ids" not in given:
+        filled["token_type_ids"] = torch.zeros(rows, columns, dtype=torch.long, device=tokens.device)
+    return filled
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") and not isinstance(value, (Tensor, nn.Module))
+
+
+def _written_back(output: Any, inputs: Mapping[str, Any]) -> Any:
+    """A graph returns a new cache where the model's own code writes into the given one: do that here."""
+    for name, value in inputs.items():
+        if _is_cache(value):
+            vars(value).clear()
+            vars(value).update(vars(output[name]))
+            output[name] = value
+    return output
+
+
+# ------------------------------------------------------------------------------------------------- making the graphs
+
+
+def _own(model: nn.Module | str | Path, device: str | torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+    """A model of our own in eval mode, on the device, sharing tensors with the given one where nothing moves."""
+    if not isinstance(model, nn.Module):
+        return models.load(model, device or "cpu", dtype)
+    if isinstance(model, GraphModule):
+        raise UsageError("optimize was given a graph module: apply fxopt.compose(…) to it, or give the model itself")
+    copied = structural_copy(model)
+    for module in copied.modules():
+        if isinstance(module.__dict__.get("forward"), Dispatch):
+            del module.__dict__["forward"]
+    copied.__dict__.pop("fxopt", None)
+    if device is not None or dtype is not None:
+        before = list(model.state_dict(keep_vars=True).values())
+        moved = dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in before)
+        if moved or (device is not None and any(t.device != torch.device(device) for t in before)):
+            copied = copy.deepcopy(copied).to(device=device, dtype=dtype)
+    return copied.eval()
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _calls(
+    model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | None, generation: bool, state: Optimized
+) -> Iterator[tuple[nn.Module, str, list[Call]]]:
+    """The modules to optimise, with the calls of each that graphs are to be made for."""
+    inputs = made_up_inputs(model, batch_size=2, sequence_length=16) if given is None else given
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
+    plain = Call.of(model, args, kwargs)
+    named = _named(model, dict(zip(plain.names, plain.values, strict=True)))
+    yield model, "forward", [Call(tuple(named), tuple(named.values()))]
+    if not generation or not getattr(model, "can_generate", lambda: False)():
+        return
+    recorded = _recorded(model, state)
+    for module, calls in recorded:
+        yield module, "generate" if module is model else "encoder", calls
+
+
+def _recorded(model: nn.Module, state: Optimized) -> list[tuple[nn.Module, list[Call]]]:
+    """The calls that one `generate` makes of the model and of its encoder."""
+    encoder = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
+    watched = [module for module in (encoder, model) if module is not None]
+    calls: dict[int, list[Call]] = {id(module): [] for module in watched}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call.of(module, args, kwargs)
+        named = _named(module, dict(zip(call.names, call.values, strict=True)))
+        calls[id(module)].append(Call(tuple(named), tuple(named.values())).fresh())
+
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in watched]
+    try:
+        with quiet(), torch.no_grad():
+            model.generate(**_prompt(model), generation_config=_short(model))
+    except Exception as error:  # noqa: BLE001 - generate runs much code of others; it stays eager, and that is said
+        state.note(f"generate does not run on made-up inputs ({type(error).__name__}: {str(error).splitlines()[0]})")
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(module, calls[id(module)]) for module in watched if calls[id(module)]]
+
+
+def _prompt(model: nn.Module) -> dict[str, Any]:
+    """A padded batch for `generate`, left-padded as decoders want it."""
+    inputs = made_up_inputs(model, batch_size=3, sequence_length=10)
+    inputs.pop("decoder_input_ids", None)
+    if not getattr(model.config, "is_encoder_decoder", False) and "attention_mask" in inputs:
+        inputs = {name: value.flip(1) if value.dim() == 2 else value for name, value in inputs.items()}
+    return inputs
+
+
+def _short(model: nn.Module) -> Any:
+    config = copy.deepcopy(model.generation_config)
+    config.update(max_new_tokens=_STEPS, min_new_tokens=_STEPS, do_sample=False, num_beams=1, use_cache=True)
+    config.update(max_length=None, min_length=None)
+    return config
+
+
+def _graphs(
+    module: nn.Module, title: str, calls: list[Call], apply: Apply, dynamic: bool, state: Optimized
+) -> Iterator[Captured]:
+    """One transformed graph for each kind of call, each compared with eager on every recorded call it is for."""
+    kinds: dict[Any, list[Call]] = {}
+    for call in calls:
+        kinds.setdefault(call.signature(), []).append(call)
+    names = _titles(title, len(kinds))
+    for name, group in zip(names, kinds.values(), strict=False):
+        call = max(group, key=lambda c: sum(size > 1 for t in c.tensors() for size in t.shape))
+        try:
+            gm = capture(module, dict(zip(call.names, call.values, strict=True)), dynamic)
+        except CaptureError as error:
+            state.note(f"{name}: {error}")
+            continue
+        if not _returns_caches(gm, call):
+            state.note(f"{name}: it writes into a cache that it does not return")
+            continue
+        expected = [each.into(module) for each in group]
+        gm = apply(gm)
+        guard = Guard(gm, call)
+        for each, before in zip(group, expected, strict=True):
+            if guard.refuses(dict(zip(each.names, each.values, strict=True))) is None:
+                wrong = difference(before, each.into(gm))
+                if wrong is not None:
+                    raise VerificationError(f"{name} of {type(module).__name__}, transformed: {wrong}")
+        yield Captured(name, gm, guard)
+
+
+def _titles(title: str, count: int) -> list[str]:
+    if title != "generate":
+        return [title, *(f"{title} {i}" for i in range(2, 1 + min(count, _MOST_GRAPHS)))]
+    return ["prefill", "decode", *(f"decode {i}" for i in range(2, _MOST_GRAPHS))]
+
+
+def _returns_caches(gm: GraphModule, call: Call) -> bool:
+    caches = [name for name, value in zip(call.names, call.values, strict=True) if _is_cache(value)]
+    if not caches:
+        return True
+    output = call.into(gm)
+    return isinstance(output, Mapping) and all(_is_cache(output.get(name)) for name in caches)
+
+
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+
+def dynamo_backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """The backend behind `torch.compile(model, backend="fxopt")`.
+
+    Dynamo's graphs hold torch functions, and parameters as inputs. Every pass of the default pipeline that preserves
+    what is computed, gradients included, is tried; one that cannot be applied is left out with a warning.
+    """
+    for node in gm.graph.nodes:
+        if "val" not in node.meta and "example_value" in node.meta:
+            node.meta["val"] = node.meta["example_value"]
+    device = next((x.device for x in example_inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    for transformation in default_passes(device):
+        try:
+            transformation(gm)
+        except FxoptError as error:
+            warnings.warn(f"fxopt left out {transformation.signature}: {error}", RuntimeWarning, stacklevel=2)
+    return gm.forward
