@@ -1,0 +1,266 @@
+"""What the nodes of a graph share and do: which values may be one memory, what has an effect, how large a value is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.fx.operator_schemas import get_signature_for_torch_op
+from torch.utils._pytree import tree_leaves
+
+from fxopt import ops
+
+GUARDS = "_guards_fn"  # torch.export's check of the input sizes, a module
+
+Kind = Literal["write", "random", "assertion", "unknown"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a node does besides computing its value; ``unknown`` may be anything, a change of autograd's mode too."""
+
+    kind: Kind
+    reason: str
+
+
+def effect(gm: GraphModule, node: Node) -> Effect | None:
+    """What ``node`` does besides computing its value, the graph modules that it calls included; None for nothing."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return None
+    called, hooked = called_graphs(gm, node)
+    if called and not hooked:
+        found = (effect(inner, n) for inner in called for n in inner.graph.nodes)
+        return next((Effect(e.kind, f"{node} calls a graph that {e.reason}") for e in found if e is not None), None)
+    if isinstance(out := node.kwargs.get("out"), Node):
+        return Effect("write", f"writes to {out} in place")
+    call = ops.read(gm, node)
+    if call is None and (said := _said_effect(node)) is not None:
+        return Effect(*said)
+    if not ops.effectful(gm, node):
+        return None
+    if call is not None and call.op.random is not None and call.op.random(call.arguments):
+        return Effect("random", "draws random numbers")
+    if call is not None or isinstance(node.target, OpOverload):
+        return _effect_of_operation(gm, node)
+    if str(node.target) == GUARDS or getattr(node.target, "__name__", "").startswith("_assert"):
+        return Effect("assertion", "asserts")
+    if node.op == "call_module":
+        module = ops.submodule(gm, str(node.target))
+        return Effect("unknown", f"calls {node.target}, a {type(module).__name__} that the vocabulary cannot read")
+    if node.op == "call_method" and str(node.target).endswith("_"):
+        return Effect("write", f"writes to {node.all_input_nodes[0]} in place")
+    return Effect("unknown", f"calls {getattr(node.target, '__name__', node.target)}, which may have an effect")
+
+
+def _effect_of_operation(gm: GraphModule, node: Node) -> Effect:
+    if written := ops.writes(gm, node):
+        return Effect("write", f"writes to {', '.join(map(str, written))} in place")
+    if ops.read(gm, node) is not None:  # a module's buffers: no nodes
+        return Effect("write", "writes to its buffers")
+    assert isinstance(node.target, OpOverload)
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        return Effect("random", "draws random numbers")
+    return Effect("assertion", "asserts")
+
+
+def called_graphs(gm: GraphModule, node: Node) -> tuple[list[GraphModule], bool]:
+    """The graph modules that ``node`` runs, as a module or as branches of a higher-order operator; and if hooked."""
+    if node.op == "call_module":
+        module = ops.submodule(gm, str(node.target))
+        return ([module], ops.hooked(module)) if isinstance(module, GraphModule) else ([], False)
+    found = []
+    for n in node.all_input_nodes if node.op == "call_function" else ():
+        if n.op == "get_attr" and isinstance(inner := ops.submodule(gm, str(n.target)), GraphModule):
+            found.append(inner)
+    return found, False
+
+
+# Arguments by which torch's own functions write or draw, where the vocabulary does not know the function.
+_TELLING: dict[str, tuple[Kind, str]] = {
+    "inplace": ("write", "writes to its input in place"),
+    "out": ("write", "writes to its output argument in place"),
+    "training": ("unknown", "draws random numbers, or updates statistics"),
+    "train": ("unknown", "draws random numbers, or updates statistics"),
+    "dropout_p": ("random", "draws random numbers"),
+    "dropout": ("random", "draws random numbers"),
+    "max_norm": ("write", "writes to its weight in place"),
+    "use_input_stats": ("write", "updates statistics in place"),
+    "_random_samples": ("random", "draws random numbers"),
+}
+
+
+def _said_effect(node: Node) -> tuple[Kind, str] | None:
+    if node.op != "call_function":
+        return None
+    for names in _parameters(node.target):
+        bound = {n: default for n, default in names if default is not inspect.Parameter.empty}
+        bound |= {n: value for (n, _), value in zip(names, node.args, strict=False)} | node.kwargs
+        if any(n == "_random_samples" for n, _ in names):
+            return _TELLING["_random_samples"]
+        told = next((told for n, told in _TELLING.items() if n in bound and bound[n] not in (False, None, 0)), None)
+        if told is not None:
+            return told
+    return None
+
+
+@functools.cache
+def _parameters(target: Any) -> tuple[tuple[tuple[str, Any], ...], ...]:
+    """The parameters with their defaults, of each overload of a function that has a telling one."""
+    empty = inspect.Parameter.empty
+    if isinstance(target, OpOverload):
+        schema = ((a.name, a.default_value if a.has_default_value() else empty) for a in target._schema.arguments)
+        overloads = [tuple(schema)]
+    else:
+        overloads = [tuple((p.name, p.default) for p in s.parameters.values()) for s in _signatures(target)]
+    return tuple(names for names in overloads if any(n in _TELLING for n, _ in names))
+
+
+def _signatures(target: Any) -> list[inspect.Signature]:
+    try:
+        return [inspect.signature(target)]
+    except (TypeError, ValueError):  # a builtin: torch's own are described by their schemas
+        return get_signature_for_torch_op(target) or []
+
+
+# Operators that may return their input, or views of it, although their schema says that the result is fresh.
+_UNDECLARED = frozenset(
+    {"alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "cartesian_prod", "chain_matmul"}
+    | {"chalf", "conj_physical", "data", "diag", "dropout", "einsum", "feature_alpha_dropout", "feature_dropout"}
+    | {"linalg_matrix_power", "linalg_multi_dot", "matrix_power", "meshgrid", "pad", "sum_to_size", "tensordot", "tile"}
+    | {"to_dense", "type_as", "unsafe_chunk", "unsafe_split"}
+)
+
+
+class Memory:
+    """
+    The values of a graph in classes that may share memory, and when each class is written to.
+
+    Conservative: what the vocabulary and the schemas do not know may share memory with all its inputs; inputs of the
+    graph may share memory with each other.  Built in one pass over the graph (union-find).
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.position: dict[Node, int] = {}
+        self.effects: dict[Node, Effect] = {}
+        self._parent: dict[Node, Node] = {}
+        self._storages: dict[int, Node] = {}
+        self._input: Node | None = None
+        for i, node in enumerate(gm.graph.nodes):
+            self.position[node] = i
+            self._parent[node] = node
+            if (found := effect(gm, node)) is not None:
+                self.effects[node] = found
+            self._place(node)
+        self.written: dict[Node, list[int]] = {}  # class -> where it is written to, in graph order
+        for node, found in self.effects.items():
+            for target in self.targets(node) if found.kind in ("write", "unknown") else ():
+                self.written.setdefault(self.root(target), []).append(self.position[node])
+        self.returned = {self.root(n) for output in gm.graph.find_nodes(op="output") for n in output.all_input_nodes}
+
+    def targets(self, node: Node) -> tuple[Node, ...]:
+        """The nodes to whose memory ``node`` writes or may write."""
+        if self.effects[node].kind == "unknown" or called_graphs(self.gm, node)[0]:
+            return tuple(node.all_input_nodes)
+        if isinstance(out := node.kwargs.get("out"), Node):
+            return (out,)
+        call = ops.read(self.gm, node)
+        if call is None and _said_effect(node) is not None:
+            return tuple(node.all_input_nodes)
+        return ops.writes(self.gm, node)
+
+    def root(self, node: Node) -> Node:
+        """The representative of the values that may share memory with that of ``node``."""
+        while (above := self._parent[node]) is not node:
+            self._parent[node] = node = self._parent[above]
+        return node
+
+    def join(self, a: Node, b: Node) -> None:
+        """From now on, ``a`` and ``b`` are one value: their classes are one."""
+        a, b = self.root(a), self.root(b)
+        if a is b:
+            return
+        self._parent[b] = a
+        if b in self.written:
+            self.written[a] = sorted(self.written.get(a, []) + self.written.pop(b))
+        if b in self.returned:
+            self.returned.add(a)
+
+    def last_write(self, node: Node) -> int:
+        """The position of the last node that may write to what ``node`` holds; -1 if none does."""
+        return self.written.get(self.root(node), [-1])[-1]
+
+    def _place(self, node: Node) -> None:
+        if node.op == "get_attr":
+            leaves = [value(node), ops.constant(self.gm, node)]
+        else:
+            leaves = tree_leaves(value(node))
+            if leaves and not any(isinstance(v, torch.Tensor) for v in leaves):
+                return  # numbers share no memory
+        for tensor in leaves:
+            if isinstance(tensor, torch.Tensor):
+                self._union(self._storages.setdefault(_storage(tensor), node), node)
+        if node.op == "placeholder":
+            self._input = self._input or node
+            self._union(self._input, node)
+        for source in _sources(self.gm, node):
+            self._union(source, node)
+
+    def _union(self, a: Node, b: Node) -> None:
+        a, b = self.root(a), self.root(b)
+        if a is not b:
+            self._parent[b] = a
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a tensor without storage: sparse, or oneDNN's
+        return id(tensor)
+
+
+def _sources(gm: GraphModule, node: Node) -> Iterator[Node]:
+    """The inputs with which the value of ``node`` may share memory."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return
+    call = ops.read(gm, node)
+    if call is not None:
+        first = call.arguments[call.op.parameters[0]] if call.op.parameters else None
+        if (call.op.view or call.inplace) and isinstance(first, Node):
+            yield first
+        return
+    if isinstance(node.target, OpOverload):
+        schema = node.target._schema
+        named = schema.name.rpartition("::")[2]
+        if named in _UNDECLARED or any(r.alias_info is not None for r in schema.returns):
+            yield from node.all_input_nodes
+        return
+    yield from node.all_input_nodes
+
+
+def nbytes(val: Any) -> int | None:
+    """
+    The bytes of a tensor's own elements, of symbolic sizes by their hints; 0 for a number; None where unknown.
+
+    A sequence of values has the sum of theirs.
+    """
+    if isinstance(val, torch.Tensor):
+        return optimization_hint(val.numel()) * val.element_size()
+    if isinstance(val, int | float | bool | complex | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return 0
+    if isinstance(val, tuple | list):
+        sizes = [0 if v is None else nbytes(v) for v in val]
+        return None if any(s is None for s in sizes) else sum(s for s in sizes if s is not None)
+    return None
+
+
+def value(node: Node) -> Any:
+    """What the graph says about the value of ``node``: a fake tensor, a number, a sequence; None where nothing is."""
+    return node.meta.get("val", node.meta.get("example_value"))
