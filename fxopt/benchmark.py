@@ -544,18 +544,23 @@ def _allocations(step: Callable[[], Any]) -> list[int]:
     Torch's own recording, read event by event: the profilers built on it add up by operator and lose the order. It
     sees temporaries inside kernels and custom operators, which a dispatch mode does not; and it is deterministic.
     """
-    torch_profiler: Any = torch._C._autograd  # untyped
-    if torch_profiler._profiler_enabled():
+    switch: Any = torch._C._autograd  # untyped
+    if switch._profiler_enabled():
         raise BenchmarkError("peak memory cannot be measured under torch's profiler: leave it, or give memory=False")
-    experimental = torch._C._profiler._ExperimentalConfig()
-    state = torch_profiler.ProfilerState.CPU
-    torch_profiler._enable_profiler_legacy(
-        torch_profiler.ProfilerConfig(state, False, True, False, False, False, experimental)
+    config = torch._C._profiler.ProfilerConfig(
+        torch._C._profiler.ProfilerState.CPU,
+        report_input_shapes=False,
+        profile_memory=True,
+        with_stack=False,
+        with_flops=False,
+        with_modules=False,
+        experimental_config=torch._C._profiler._ExperimentalConfig(),
     )
+    switch._enable_profiler_legacy(config)
     try:
         result = step()
     finally:
-        threads = torch_profiler._disable_profiler_legacy()
+        threads = switch._disable_profiler_legacy()
     del result
     own = next(events for events in threads if any(event.name() == "__start_profile" for event in events))
     return [int(event.cpu_memory_usage()) for event in own if event.kind() == "memory_alloc"]
