@@ -33,7 +33,7 @@ from fxopt.capture import (
     register_caches,
     structural_copy,
 )
-
+from fxopt.compose import Pipeline, Result, compose
 from fxopt.errors import CaptureError, FxoptError, UsageError, VerificationError
 from fxopt.inputs import example_inputs as made_up_inputs
 from fxopt.transformation import Transformation
@@ -89,8 +89,6 @@ def passes(pipeline: str | Apply | None, device: torch.device) -> Apply:
         return pipeline
     if not isinstance(pipeline, str):
         raise UsageError(f"pipeline is {pipeline!r}: give 'default', NAME,NAME(option=value),…, a function, or None")
-    from fxopt.compose import compose
-
     return compose(*(default_passes(device) if pipeline == "default" else catalogue.parse(pipeline)))
 
 
@@ -120,7 +118,7 @@ class Optimized:
     """What `model.fxopt` is: the graphs behind a model's forward, and how often they were and were not used.
 
     `enabled = False` makes the model eager. `calls` counts by graph, `fallbacks` by reason, `notes` says what was
-    left eager from the start and why.
+    left eager from the start and why. `results` holds what the pipeline did to each graph, step by step.
     """
 
     def __init__(self) -> None:
@@ -128,6 +126,7 @@ class Optimized:
         self.calls: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self.notes: tuple[str, ...] = ()
+        self.results: dict[str, Result] = {}
         self.entries: list[Dispatch] = []
         self.stamp: Stamp | None = None
 
@@ -182,7 +181,8 @@ class Stamp:
         # a merged or folded weight is a copy: an edit of the original would not reach it
         self._copied = [(name, t, t._version) for _, name, t in self._tensors if id(t) not in held]
         self._hooks = [_hooks(m) for m in modules]
-        first = self._tensors[0][2] if self._tensors else None
+        # conversions leave integer buffers alone
+        first = next((t for _, _, t in self._tensors if t.is_floating_point()), None)
         self._placed = None if first is None else (first, first.dtype, first.device)
 
     def broken(self) -> str | None:
@@ -287,7 +287,7 @@ def _named(module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _completed(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The inputs with the masks that models assume where none is given: attend to everything, one segment."""
+    """The inputs with what models assume where it is not given: attend to everything, one segment."""
     if given.keys() >= set(names):
         return given
     tokens = given.get("input_ids")
@@ -303,6 +303,8 @@ def _completed(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         filled["attention_mask"] = torch.ones(rows, seen + columns, dtype=torch.long, device=tokens.device)
     if "token_type_ids" in names and "token_type_ids" not in given:
         filled["token_type_ids"] = torch.zeros(rows, columns, dtype=torch.long, device=tokens.device)
+    if "logits_to_keep" in names and columns == 1:
+        filled.setdefault("logits_to_keep", 1)  # of one position, to keep all is to keep the last
     return filled
 
 
@@ -365,7 +367,8 @@ def _calls(
 
 def _recorded(model: nn.Module, state: Optimized) -> list[tuple[nn.Module, list[Call]]]:
     """The calls that one `generate` makes of the model and of its encoder."""
-    encoder = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
+    generative: Any = model  # transformers' mixins are not typed
+    encoder = generative.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
     watched = [module for module in (encoder, model) if module is not None]
     calls: dict[int, list[Call]] = {id(module): [] for module in watched}
 
@@ -377,7 +380,7 @@ def _recorded(model: nn.Module, state: Optimized) -> list[tuple[nn.Module, list[
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in watched]
     try:
         with quiet(), torch.no_grad():
-            model.generate(**_prompt(model), generation_config=_short(model))
+            generative.generate(**_prompt(model), generation_config=_short(model))
     except Exception as error:  # noqa: BLE001 - generate runs much code of others; it stays eager, and that is said
         state.note(f"generate does not run on made-up inputs ({type(error).__name__}: {str(error).splitlines()[0]})")
         return []
@@ -396,7 +399,7 @@ def _prompt(model: nn.Module) -> dict[str, Any]:
     return inputs
 
 
-def _short(model: nn.Module) -> Any:
+def _short(model: Any) -> Any:
     config = copy.deepcopy(model.generation_config)
     config.update(max_new_tokens=_STEPS, min_new_tokens=_STEPS, do_sample=False, num_beams=1, use_cache=True)
     config.update(max_length=None, min_length=None)
@@ -422,7 +425,7 @@ def _graphs(
             state.note(f"{name}: it writes into a cache that it does not return")
             continue
         expected = [each.into(module) for each in group]
-        gm = apply(gm)
+        gm = _applied(apply, gm, name, call, state)
         guard = Guard(gm, call)
         for each, before in zip(group, expected, strict=True):
             if guard.refuses(dict(zip(each.names, each.values, strict=True))) is None:
@@ -430,6 +433,17 @@ def _graphs(
                 if wrong is not None:
                     raise VerificationError(f"{name} of {type(module).__name__}, transformed: {wrong}")
         yield Captured(name, gm, guard)
+
+
+def _applied(apply: Apply, gm: GraphModule, name: str, call: Call, state: Optimized) -> GraphModule:
+    """The graph after the pipeline; what a `compose` pipeline measured on the recorded inputs goes into ``state``."""
+    if not isinstance(apply, Pipeline):
+        return apply(gm)
+    asked = (
+        apply if apply.example_inputs is not None else apply.on(dict(zip(call.names, call.fresh().values, strict=True)))
+    )
+    state.results[name] = asked.run(gm)
+    return gm
 
 
 def _titles(title: str, count: int) -> list[str]:

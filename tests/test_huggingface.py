@@ -1,0 +1,308 @@
+"""Optimised models are still themselves: the same class, the same tokens, the same files; fallbacks are counted."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import symbolic_trace
+
+from fxopt import models
+from fxopt.errors import CaptureError, UsageError, VerificationError
+from fxopt.huggingface import dynamo_backend, optimize
+from fxopt.inputs import example_inputs
+
+GENERATIVE = (
+    "gpt2-tiny",
+    "opt-125m-tiny",
+    "llama-small-tiny",
+    "qwen3-small-tiny",
+    "t5-small-tiny",
+    "whisper-tiny-tiny",
+)
+OTHERS = ("bert-base-tiny", "vit-base-tiny", "resnet18-tiny")
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """An optimised model by name, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            model = models.build(name)
+            made[name] = model, optimize(model, pipeline=None)
+        state = made[name][1].fxopt
+        state.calls.clear()
+        state.fallbacks.clear()
+        return made[name]
+
+    return get
+
+
+def prompt(model, batch_size, length):
+    inputs = example_inputs(model, batch_size, length, seed=length)
+    inputs.pop("decoder_input_ids", None)
+    if model.config.is_encoder_decoder:
+        return inputs
+    return {name: value.flip(1) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_generate_gives_the_same_tokens_without_falling_back(name, optimized):
+    model, result = optimized(name)
+    assert type(result) is type(model)
+    assert result.fxopt.notes == ()
+    for batch_size, length, options in ((3, 10, {}), (1, 6, {}), (4, 8, {"num_beams": 3}), (2, 5, {"num_beams": 2})):
+        inputs = prompt(model, batch_size, length)
+        options = {"max_new_tokens": 9, "do_sample": False, **options}
+        expected = model.generate(**inputs, **options)
+        assert torch.equal(expected, result.generate(**inputs, **options))
+    calls = result.fxopt.calls
+    assert not result.fxopt.fallbacks
+    assert calls["prefill"] == 4 and calls["decode"] >= 4 * 7
+    assert calls["encoder"] == (4 if model.config.is_encoder_decoder else 0)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "gpt2-tiny", "t5-small-tiny"])
+def test_forward_gives_the_same_output_of_the_same_class(name, optimized):
+    model, result = optimized(name)
+    for batch_size in (1, 2, 5):
+        inputs = example_inputs(model, batch_size, 7)
+        with torch.no_grad():
+            expected, actual = model(**inputs), result(**inputs)
+        assert type(expected) is type(actual) and expected.keys() == actual.keys()
+        assert torch.equal(expected[0], actual[0])
+    assert result.fxopt.calls == {"forward": 3} and not result.fxopt.fallbacks
+
+
+def test_the_given_model_is_not_touched_and_parameters_are_shared():
+    model = models.build("bert-base-tiny")
+    before = {path: sorted(vars(module)) for path, module in model.named_modules()}
+    result = optimize(model, pipeline=None)
+    assert {path: sorted(vars(module)) for path, module in model.named_modules()} == before
+    assert result is not model and "fxopt" not in vars(model)
+    own = {id(p) for p in model.parameters()}
+    assert all(id(p) in own for p in result.parameters())
+    assert all(id(p) in own for gm in result.fxopt.graphs.values() for p in gm.parameters())
+    assert list(result.state_dict()) == list(model.state_dict())
+
+
+def test_missing_masks_attend_to_everything(optimized):
+    model, result = optimized("bert-base-tiny")
+    tokens = example_inputs(model, 2, 7)["input_ids"]
+    with torch.no_grad():
+        expected, actual = model(tokens), result(tokens)
+    assert torch.allclose(expected.last_hidden_state, actual.last_hidden_state, atol=1e-6)
+    model, result = optimized("gpt2-tiny")
+    with torch.no_grad():
+        expected, actual = model(input_ids=tokens, return_dict=True), result(input_ids=tokens, return_dict=True)
+        step = torch.tensor([[3], [4]])
+        more = (
+            model(step, past_key_values=expected.past_key_values),
+            result(step, past_key_values=actual.past_key_values),
+        )
+    assert torch.allclose(expected.logits, actual.logits, atol=1e-5)
+    assert torch.allclose(more[0].logits, more[1].logits, atol=1e-5)
+    assert result.fxopt.calls == {"forward": 1, "decode": 1} or result.fxopt.fallbacks
+
+
+def test_a_given_cache_is_written_into(optimized):
+    from transformers import DynamicCache
+
+    model, result = optimized("llama-small-tiny")
+    inputs = example_inputs(model, 2, 6)
+    caches = [DynamicCache(config=m.config) for m in (model, result)]
+    positions = torch.arange(6)[None].expand(2, 6)
+    with torch.no_grad():
+        outputs = [
+            m(**inputs, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            for m, cache in zip((model, result), caches, strict=True)
+        ]
+    assert result.fxopt.calls == {"prefill": 1}
+    assert outputs[1].past_key_values is caches[1]
+    assert caches[1].get_seq_length() == 6
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(caches[0].layers, caches[1].layers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.train(), "training mode"),
+        (lambda m: m.to(torch.float64), "converted"),
+        (lambda m: setattr(m, "pooler", copy.deepcopy(m.pooler)), "submodule was replaced"),
+        (lambda m: setattr(m.pooler.dense, "weight", nn.Parameter(m.pooler.dense.weight.detach() * 2)), "replaced"),
+        (lambda m: m.encoder.register_forward_hook(lambda *_: None), "hooks"),
+        (lambda m: setattr(m.fxopt, "enabled", False), "switched off"),
+    ],
+)
+def test_a_changed_model_runs_its_own_code(change, reason, optimized):
+    model, result = optimized("bert-base-tiny")
+    result = copy.deepcopy(result)
+    inputs = example_inputs(model)
+    change(result)
+    with torch.no_grad():
+        result(**inputs)
+    ((said, count),) = result.fxopt.fallbacks.items()
+    assert reason in said and count == 1 and not result.fxopt.calls
+    assert reason in str(result.fxopt)
+
+
+def test_a_changed_model_can_be_optimised_again():
+    model = models.build("mlp-tiny")
+    result = optimize(model, pipeline=None).double()
+    x = torch.randn(2, 16, dtype=torch.float64)
+    expected = model.double()(x)
+    assert torch.equal(expected, result(x))
+    again = optimize(result, pipeline=None)
+    assert torch.equal(expected, again(x))
+    assert result.fxopt.fallbacks and again.fxopt.calls == {"forward": 1} and not again.fxopt.fallbacks
+
+
+def copies_the_head(gm):
+    """A pass that leaves a copy of a weight in the graph, as merging and folding do."""
+    node = next(n for n in gm.graph.nodes if n.op == "get_attr" and n.target.endswith("pooler.dense.weight"))
+    gm.register_parameter("copied", nn.Parameter(gm.get_parameter(node.target).detach().clone()))
+    node.target = "copied"
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+    del gm.pooler.dense.weight
+    return gm
+
+
+def test_an_edit_of_a_weight_that_a_graph_copied_is_noticed():
+    model = models.build("bert-base-tiny")
+    result = optimize(model, pipeline=copies_the_head)
+    inputs = example_inputs(model)
+    twin = copy.deepcopy(result)
+    with torch.no_grad():
+        result(**inputs)
+        assert result.fxopt.calls == {"forward": 1}
+        model.pooler.dense.weight.mul_(2)
+        assert torch.equal(model(**inputs).pooler_output, result(**inputs).pooler_output)
+        twin(**inputs)
+    assert any("edited in place" in reason for reason in result.fxopt.fallbacks)
+    assert twin.fxopt.calls == {"forward": 1} and not twin.fxopt.fallbacks
+
+
+def test_an_edit_of_a_shared_weight_reaches_the_graph(optimized):
+    model = models.build("bert-base-tiny")
+    result = optimize(model, pipeline=None)
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        model.pooler.dense.weight.mul_(2)
+        assert torch.equal(model(**inputs).pooler_output, result(**inputs).pooler_output)
+    assert result.fxopt.calls == {"forward": 1}
+
+
+def test_other_inputs_fall_back_and_say_why(optimized):
+    model, result = optimized("bert-base-tiny")
+    inputs = example_inputs(model, 2, 7)
+    embedded = {"inputs_embeds": torch.randn(2, 7, 32, requires_grad=True), "attention_mask": inputs["attention_mask"]}
+    result(**embedded)[0].sum().backward()
+    assert embedded["inputs_embeds"].grad is not None
+    with torch.no_grad():
+        hidden = result(**inputs, output_hidden_states=True).hidden_states
+        result(**{name: value.int() for name, value in inputs.items()})
+        result(**inputs)
+    assert len(hidden) == 3
+    reasons = " | ".join(result.fxopt.fallbacks)
+    assert "gradients" in reasons and "output_hidden_states" in reasons and "int32" in reasons
+    assert result.fxopt.calls == {"forward": 1}
+
+
+def test_a_copy_is_a_model_of_its_own(optimized):
+    model, result = optimized("llama-small-tiny")
+    twin = copy.deepcopy(result)
+    inputs = prompt(model, 2, 6)
+    expected = model.generate(**inputs, max_new_tokens=5)
+    assert torch.equal(expected, twin.generate(**inputs, max_new_tokens=5))
+    assert twin.fxopt.calls["decode"] == 4 and not twin.fxopt.fallbacks and not result.fxopt.calls
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+        assert not twin(**inputs).logits.any()
+    assert torch.equal(expected, result.generate(**inputs, max_new_tokens=5))
+
+
+def test_it_saves_what_the_model_saves(optimized, tmp_path):
+    model, result = optimized("gpt2-tiny")
+    model.save_pretrained(tmp_path / "model")
+    result.save_pretrained(tmp_path / "result")
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "result" / name).read_bytes()
+
+
+def test_it_works_in_a_pipeline(optimized, tmp_path):
+    from transformers import BertTokenizerFast, pipeline
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "pass", "is", "commit"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    model, result = optimized("bert-base-tiny")
+    text = ["a pass is a commit", "a pass"]
+    expected, actual = (
+        pipeline("feature-extraction", model=m, tokenizer=tokenizer, batch_size=2, return_tensors=True)(text)
+        for m in (model, result)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    assert result.fxopt.calls["forward"] >= 1 and not result.fxopt.fallbacks
+
+
+def test_names_and_passes_may_be_given_by_name():
+    result = optimize("mlp-tiny", pipeline=None, dtype=torch.float64)
+    assert result.head.weight.dtype == torch.float64
+    assert result(torch.randn(3, 16, dtype=torch.float64)).shape == (3, 10)
+    assert result.fxopt.calls == {"forward": 1}
+    with pytest.raises(UsageError, match=r"network|HF_HUB_OFFLINE"):
+        optimize("bert-base-uncased")
+
+
+def test_conversion_leaves_the_given_model():
+    model = models.build("mlp-tiny")
+    result = optimize(model, pipeline=None, dtype=torch.float64)
+    assert model.head.weight.dtype == torch.float32 and result.head.weight.dtype == torch.float64
+
+
+def negates(gm):
+    """A pass that is wrong."""
+    node = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.relu.default)
+    node.target = torch.ops.aten.neg.default
+    gm.recompile()
+    return gm
+
+
+def test_a_pass_that_changes_the_numbers_is_refused():
+    with pytest.raises(VerificationError, match="forward of MLP"):
+        optimize("mlp-tiny", pipeline=negates)
+
+
+class Opaque(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_what_cannot_be_optimised_is_refused():
+    with pytest.raises(CaptureError, match="no graph"):
+        optimize(Opaque(), pipeline=None, example_inputs=(torch.randn(2),))
+    with pytest.raises(UsageError, match="graph module"):
+        optimize(symbolic_trace(nn.ReLU()))
+    with pytest.raises(UsageError, match="pipeline"):
+        optimize("mlp-tiny", pipeline=3)
+
+
+@pytest.mark.parametrize("name", ["bert-base-tiny", "llama-small-tiny"])
+def test_torch_compile_with_the_backend_gives_the_same_numbers_and_gradients(name):
+    torch.manual_seed(0)
+    model = models.build(name)
+    compiled = torch.compile(model, backend=dynamo_backend)
+    inputs = example_inputs(model, 2, 7)
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs)[0], compiled(**inputs)[0], atol=1e-5)
+    compiled(**inputs)[0].square().sum().backward()
+    actual = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(**inputs)[0].square().sum().backward()
+    expected = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    assert expected.keys() == actual.keys()
+    for key, gradient in expected.items():
+        assert torch.allclose(gradient, actual[key], rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-6), key
