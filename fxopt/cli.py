@@ -6,9 +6,8 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,7 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+_WIDE = None if sys.stdout.isatty() else 120  # a table in a pipe or a file need not fit a terminal
+out, err = Console(width=_WIDE), Console(stderr=True)
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def optimize(
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
     result = frontend.optimize(
-        loaded, inputs, passes=passes, rtol=rtol, atol=atol, benchmark=benchmark, rounds=num_runs, warmup=warmup
+        loaded, inputs, model, passes, rtol, atol, benchmarked=benchmark, rounds=num_runs, warmup=warmup
     )
     out.print(result)
     if json_ is not None:
@@ -153,7 +153,3 @@ def write_aside(path: Path, text: str) -> None:
         os.unlink(name)
         raise
 
-
-def quiet(**_: Any) -> None:
-    """Warnings of libraries do not belong between the lines of a table."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|optimum")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -84,33 +84,47 @@ class Result:
             "verification": None if self.verification is None else self.verification.to_json(),
         }
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         timed = any(s.in_sequence for s in self.steps) or self.total is not None
         verified = self.verification is not None or any(s.verification for s in self.steps)
-        table = Table(title="transformations", title_justify="left", show_footer=True)
+        table = Table(show_footer=True)
         nodes = f"{self.steps[0].nodes[0]} → {self.steps[-1].nodes[1]}" if self.steps else ""
-        table.add_column("step", footer="all", overflow="fold")
+        table.add_column("step", footer="all", no_wrap=True)
         table.add_column("rewrites", footer=str(self.rewrites), justify="right")
-        table.add_column("nodes", footer=nodes, justify="right")
+        table.add_column("nodes", footer=nodes, justify="right", no_wrap=True)
         if verified:
-            table.add_column("worst error", footer=_error(self.verification), justify="right")
+            table.add_column("error", footer=_error(self.verification), justify="right", no_wrap=True)
         if timed:
-            table.add_column("latency ×", footer=_ratio(self.total), justify="right")
-            table.add_column("alone ×", footer="", justify="right")
-            table.add_column("memory", footer=_memory(self.total), justify="right")
-        table.add_column("note")
+            table.add_column("latency ×", footer=_ratio(self.total), justify="right", no_wrap=True)
+            table.add_column("alone ×", footer="", justify="right", no_wrap=True)
+            table.add_column("MiB", footer=_memory(self.total), justify="right", no_wrap=True)
         for s in self.steps:
-            cells: list[Any] = [s.signature, str(s.rewrites) if s.rewrites else "–"]
+            if not s.rewrites and s.kept:
+                continue
+            cells: list[Any] = [_name(s), str(s.rewrites) if s.kept else "undone"]
             cells.append(f"{s.nodes[0]} → {s.nodes[1]}" if s.nodes[0] != s.nodes[1] else str(s.nodes[0]))
             if verified:
                 cells.append(_error(s.verification))
             if timed:
                 cells += [_ratio(s.in_sequence), _ratio(s.alone), _memory(s.in_sequence)]
-            table.add_row(*cells, s.note, style=None if s.kept and s.rewrites else "dim" if s.kept else "red")
-        return table
+            table.add_row(*cells, style=None if s.kept else "red")
+        parts: list[Any] = [table]
+        parts += [Text(f"{_name(s)}: {s.note}", style="red") for s in self.steps if not s.kept]
+        if idle := [s for s in self.steps if not s.rewrites and s.kept]:
+            parts.append(Text(f"did nothing: {', '.join(map(_idle, idle))}", style="dim"))
+        return Group(*parts)
 
     def _repr_html_(self) -> str:
         return to_html(self)
+
+
+def _name(step: Step) -> str:
+    return step.signature.removesuffix("()")
+
+
+def _idle(step: Step) -> str:
+    near = step.note.removeprefix("did nothing").removeprefix("; ")
+    return f"{_name(step)} ({near})" if near else _name(step)
 
 
 def _error(verification: Verification | None) -> Text:
@@ -125,14 +139,14 @@ def _ratio(comparison: Comparison | None) -> Text:
         return Text("")
     style = {"faster": "green", "slower": "red"}.get(comparison.verdict, "")
     low, high = comparison.interval
-    return Text(f"{comparison.ratio:.3f} [{low:.3f}, {high:.3f}]", style=style)
+    return Text(f"{comparison.ratio:.2f} [{low:.2f}, {high:.2f}]", style=style)
 
 
 def _memory(comparison: Comparison | None) -> Text:
     if comparison is None or comparison.memory is None:
         return Text("")
     before, after = comparison.memory
-    return Text(f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB" if before != after else f"{after / 2**20:.1f} MiB")
+    return Text(f"{before / 2**20:.1f} → {after / 2**20:.1f}" if before != after else f"{after / 2**20:.1f}")
 
 
 class Pipeline(ReversibleTransformation):
@@ -181,6 +195,12 @@ class Pipeline(ReversibleTransformation):
     @property
     def signature(self) -> str:
         return f"compose({', '.join(t.signature for t in self.transformations)})"
+
+    def on(self, example_inputs: Inputs) -> Pipeline:
+        """The same pipeline, asking its questions of ``example_inputs``."""
+        other = copy.copy(self)
+        other.example_inputs = example_inputs
+        return other
 
     def __iter__(self) -> Iterator[Transformation]:
         return iter(self.transformations)

@@ -71,7 +71,7 @@ def optimize(
     result = _own(model, device, dtype)
     apply = passes(pipeline, _device(result))
     register_caches(result)
-    state = Optimized()
+    state = Optimized(generation=generation, dynamic=dynamic)
     for module, title, calls in _calls(result, example_inputs, generation, state):
         for graph in _graphs(module, title, calls, apply, dynamic, state):
             state.add(module, graph)
@@ -121,7 +121,10 @@ class Optimized:
     left eager from the start and why. `results` holds what the pipeline did to each graph, step by step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, generation: bool = True, dynamic: bool = True) -> None:
+        self.generation = generation
+        self.dynamic = dynamic
+        self.example_inputs: dict[str, Any] = {}  # of `forward`, by name
         self.enabled = True
         self.calls: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
@@ -357,6 +360,7 @@ def _calls(
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
     plain = Call.of(model, args, kwargs)
     named = _named(model, dict(zip(plain.names, plain.values, strict=True)))
+    state.example_inputs = named
     yield model, "forward", [Call(tuple(named), tuple(named.values()))]
     if not generation or not getattr(model, "can_generate", lambda: False)():
         return
@@ -437,6 +441,9 @@ def _graphs(
 
 def _applied(apply: Apply, gm: GraphModule, name: str, call: Call, state: Optimized) -> GraphModule:
     """The graph after the pipeline; what a `compose` pipeline measured on the recorded inputs goes into ``state``."""
+    if (named := getattr(apply, "named", None)) is not None:  # a journal, which differs from graph to graph
+        made: GraphModule = named(name, gm)
+        return made
     if not isinstance(apply, Pipeline):
         return apply(gm)
     asked = (

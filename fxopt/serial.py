@@ -10,6 +10,8 @@ import importlib
 import math
 import operator
 import types
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -97,7 +99,7 @@ def _class_to_json(module: nn.Module, path: str) -> Json:
             if value:
                 raise StoreError(f"{path} has hooks, which cannot be written; remove them before saving")
             continue
-        attributes[name] = _encode(value, f"{path}.{name}")
+        attributes[name] = encode(value, f"{path}.{name}")
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "attributes": attributes}
 
 
@@ -105,13 +107,13 @@ def _module_from_json(saved: Json, tensors: dict[str, torch.Tensor], made: dict[
     if "graph" in saved:
         module = nn.Module()
     else:
-        kind = _find(saved["class"])
+        kind = find(saved["class"])
         if not (isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__.startswith("torch.nn.modules")):
             raise StoreError(f"{saved['class']} is no module of torch.nn; the file is damaged or from elsewhere")
         module = kind.__new__(kind)
         nn.Module.__init__(module)
         for name, value in saved["attributes"].items():
-            module.__dict__[name] = _decode(value, {})
+            module.__dict__[name] = decode(value, {})
     for entry in saved["state"]:
         _put_state(module, entry, tensors, made)
     for name, child in saved["children"].items():
@@ -163,8 +165,8 @@ def _graph_to_json(gm: GraphModule) -> Json:
             "name": node.name,
             "op": node.op,
             "target": target_name(node),
-            "args": [_encode(a, where) for a in node.args],
-            "kwargs": {k: _encode(v, where) for k, v in node.kwargs.items()},
+            "args": [encode(a, where) for a in node.args],
+            "kwargs": {k: encode(v, where) for k, v in node.kwargs.items()},
         }
         if stack := node.meta.get("nn_module_stack"):
             entry["modules"] = [[k, str(p), str(t)] for k, (p, t) in stack.items()]
@@ -182,8 +184,8 @@ def _graph_from_json(saved: Json) -> Graph:
         target: Any = entry["target"]
         if entry["op"] == "call_function":
             target = _function(target)
-        args = tuple(_decode(a, nodes) for a in entry["args"])
-        kwargs = {k: _decode(v, nodes) for k, v in entry["kwargs"].items()}
+        args = tuple(decode(a, nodes) for a in entry["args"])
+        kwargs = {k: decode(v, nodes) for k, v in entry["kwargs"].items()}
         node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
         node.name = entry["name"]
         if "modules" in entry:
@@ -240,7 +242,7 @@ def _function_name(function: Any) -> str | None:
             return f"{home.__name__}:{name}"
     module = getattr(function, "__module__", None)
     qualified = getattr(function, "__qualname__", name)
-    if module is not None and "<" not in qualified and _find(f"{module}:{qualified}", missing=True) is function:
+    if module is not None and "<" not in qualified and find(f"{module}:{qualified}", missing=True) is function:
         return f"{module}:{qualified}"
     return None
 
@@ -252,13 +254,14 @@ def _function(text: str) -> Any:
             return getattr(getattr(getattr(torch.ops, namespace), name), overload)
         except AttributeError as error:
             raise StoreError(f"no operator {text[3:]} is registered; import the package that defines it") from error
-    found = _find(text)
+    found = find(text)
     if not callable(found):
         raise StoreError(f"{text} is no function; the file is damaged or from elsewhere")
     return found
 
 
-def _find(text: str, missing: bool = False) -> Any:
+def find(text: str, missing: bool = False) -> Any:
+    """What ``module:name`` names; a StoreError (or None, if ``missing`` is fine) where there is nothing."""
     module, _, name = text.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -276,7 +279,8 @@ def _find(text: str, missing: bool = False) -> Any:
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)
 
 
-def _encode(value: Any, where: str) -> Json:
+def encode(value: Any, where: str) -> Json:
+    """``value`` as JSON; a StoreError names ``where`` it stands if it cannot be written."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -292,21 +296,22 @@ def _encode(value: Any, where: str) -> Json:
     if value is Ellipsis:
         return {"ellipsis": True}
     if isinstance(value, slice):
-        return {"slice": [_encode(v, where) for v in (value.start, value.stop, value.step)]}
+        return {"slice": [encode(v, where) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, tuple):
-        return {"tuple": [_encode(v, where) for v in value]}
+        return {"tuple": [encode(v, where) for v in value]}
     if isinstance(value, list):
-        return [_encode(v, where) for v in value]
+        return [encode(v, where) for v in value]
     if isinstance(value, dict):
-        return {"dict": [[_encode(k, where), _encode(v, where)] for k, v in value.items()]}
+        return {"dict": [[encode(k, where), encode(v, where)] for k, v in value.items()]}
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type) and (name := _function_name(value)):
         return {"function": name}
     raise StoreError(f"{where} holds {value!r:.60}, a {type(value).__qualname__}, which cannot be written as JSON")
 
 
-def _decode(value: Json, nodes: dict[str, Node]) -> Any:
+def decode(value: Json, nodes: Mapping[str, Node] = MappingProxyType({})) -> Any:
+    """The value that `encode` wrote."""
     if isinstance(value, list):
-        return [_decode(v, nodes) for v in value]
+        return [decode(v, nodes) for v in value]
     if not isinstance(value, dict):
         return value
     ((kind, held),) = value.items()
@@ -324,11 +329,11 @@ def _decode(value: Json, nodes: dict[str, Node]) -> Any:
         case "ellipsis":
             return ...
         case "slice":
-            return slice(*(_decode(v, nodes) for v in held))
+            return slice(*(decode(v, nodes) for v in held))
         case "tuple":
-            return tuple(_decode(v, nodes) for v in held)
+            return tuple(decode(v, nodes) for v in held)
         case "dict":
-            return {_decode(k, nodes): _decode(v, nodes) for k, v in held}
+            return {decode(k, nodes): decode(v, nodes) for k, v in held}
         case "function":
             return _function(held)
     raise StoreError(f"{kind!r} is no kind of value; the file was written by another version of fxopt")

@@ -17,51 +17,165 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.fx import GraphModule
 
 import fxopt
 from fxopt import catalogue, serial
 from fxopt.delta import graphs, share
-from fxopt.errors import StoreError
+from fxopt.errors import StoreError, UsageError
 from fxopt.history import commits, history, undo_rewrite
+from fxopt.huggingface import Optimized, optimize
 
-JOURNAL, GRAPH, WEIGHTS = "fxopt.json", "graph.json", "model.safetensors"
+JOURNAL, GRAPH, WEIGHTS, INPUTS = "fxopt.json", "graph.json", "model.safetensors", "inputs.safetensors"
 FORMAT = 1
 
 
-def save(gm: GraphModule, directory: str | Path) -> Path:
+def save(model: nn.Module, directory: str | Path) -> Path:
     """
-    Write ``gm`` with its history to ``directory``: model.safetensors, graph.json, fxopt.json.
+    Write ``model`` with its history to ``directory``.
 
-    Everything is written aside first; what stood there before survives an interrupted save.  Raises `StoreError` if
-    something of it cannot be written without pickle, or a transformation cannot be made again.
+    A graph module: model.safetensors, graph.json, fxopt.json.  What `fxopt.optimize` made of a Hugging Face model:
+    what ``save_pretrained`` writes (the original weights, so that transformers can load the folder too), the example
+    inputs and fxopt.json.  Everything is written aside first; what stood there before survives an interrupted save.
+
+    Raises `StoreError` if something of it cannot be written without pickle, or a transformation cannot be made again.
     """
-    original = history(share(gm)).checkout(0)
-    graph, tensors = serial.to_json(original)
-    with aside(directory) as folder:
-        write_tensors(folder / WEIGHTS, tensors)
-        write_json(folder / GRAPH, graph)
-        entry = {"format": FORMAT, "kind": "graph", "fxopt": fxopt.__version__, "torch": torch.__version__}
-        write_journal(folder, entry | {"commits": journal(gm)})
+    if isinstance(model, GraphModule):
+        with aside(directory) as folder:
+            _save_graph(model, folder)
+    elif isinstance(model.__dict__.get("fxopt"), Optimized):
+        state: Optimized = model.__dict__["fxopt"]
+        with aside(directory) as folder:
+            if hasattr(model, "save_pretrained"):
+                _save_model(model, state, folder)
+            else:  # a plain module has no config to make it again from, but its graph can be written
+                _save_graph(_only(state), folder)
+    else:
+        raise StoreError(
+            f"save was given a {type(model).__name__}, expected a graph module or what fxopt.optimize returned; "
+            "capture the model first"
+        )
     return Path(directory)
 
 
-def load(directory: str | Path) -> GraphModule:
+def load(directory: str | Path) -> nn.Module:
     """
-    The graph module that `save` wrote, with its history: each transformation is made again, and checked.
+    What `save` wrote, with its history: each transformation is made again, and checked.
 
     Raises `StoreError` if files are missing, damaged or do not belong together, or a transformation made again leads to
     another graph.
     """
     folder = Path(directory)
     entry = read_journal(folder)
-    if entry["kind"] != "graph":
-        raise StoreError(f"{folder} holds a saved {entry['kind']}, not a graph module; use fxopt.load")
-    gm = serial.from_json(read_json(folder / GRAPH), read_tensors(folder / WEIGHTS))
-    replay(gm, entry["commits"])
-    return gm
+    if entry["kind"] == "graph":
+        gm = serial.from_json(read_json(folder / GRAPH), read_tensors(folder / WEIGHTS))
+        return replay(gm, entry["graphs"][""])
+    return _load_model(folder, entry)
+
+
+def _save_graph(gm: GraphModule, folder: Path) -> None:
+    graph, tensors = serial.to_json(history(share(gm)).checkout(0))
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / GRAPH, graph)
+    write_journal(folder, {"kind": "graph", "graphs": {"": journal(gm)}})
+
+
+def _only(state: Optimized) -> GraphModule:
+    graphs = list(state.graphs.values())
+    if len(graphs) != 1:
+        raise StoreError(f"the model has {len(graphs)} graphs and no config; save one: fxopt.save(model.fxopt.graphs[…])")
+    return graphs[0]
+
+
+def _save_model(model: Any, state: Optimized, folder: Path) -> None:
+    model.save_pretrained(folder)
+    write_tensors(folder / INPUTS, {k: v for k, v in state.example_inputs.items() if isinstance(v, torch.Tensor)})
+    plain = {k: v for k, v in state.example_inputs.items() if not isinstance(v, torch.Tensor)}
+    entry = {
+        "kind": "model",
+        "class": f"{type(model).__module__}:{type(model).__qualname__}",
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "inputs": {k: serial.encode(v, f"the example input {k}") for k, v in plain.items()},
+        "generation": state.generation,
+        "dynamic": state.dynamic,
+        "graphs": {name: journal(gm) for name, gm in state.graphs.items()},
+    }
+    write_journal(folder, entry)
+
+
+def _load_model(folder: Path, entry: dict[str, Any]) -> nn.Module:
+    kind: Any = serial.find(entry["class"])
+    model = kind.from_pretrained(folder, dtype=getattr(torch, entry["dtype"])).eval()
+    inputs: dict[str, Any] = dict(read_tensors(folder / INPUTS))
+    inputs |= {k: serial.decode(v) for k, v in entry["inputs"].items()}
+    again = Replay(entry["graphs"])
+    made = optimize(model, again, inputs, generation=entry["generation"], dynamic=entry["dynamic"])
+    if missing := entry["graphs"].keys() - made.__dict__["fxopt"].graphs.keys():
+        raise StoreError(
+            f"{folder} holds the graph{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}, which could not be captured "
+            f"again under torch {torch.__version__}; load with the versions that fxopt.json names, or optimize again"
+        )
+    return made
+
+
+class Replay:
+    """A pipeline that makes the commits of a journal again, for each graph of a model its own."""
+
+    def __init__(self, graphs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        self.graphs = graphs
+
+    def __call__(self, gm: GraphModule) -> GraphModule:
+        raise StoreError("a journal of several graphs needs the graph's name")
+
+    def named(self, name: str, gm: GraphModule) -> GraphModule:
+        """Make the commits of the graph ``name`` again on ``gm``."""
+        return replay(gm, self.graphs.get(name, ()))
+
+
+def saved_graphs(entry: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The commits of each graph in a journal, by the graph's name ("" where there is only one)."""
+    return dict(entry["graphs"])
+
+
+def undo_saved(directory: Path, what: str, rewrite: str | None = None, graph: str | None = None) -> list[str]:
+    """
+    Undo a transformation of a saved result (its signature, name or number), whole or one rewrite; save again.
+
+    Returns a line for each graph that changed.  Raises `UsageError` if nothing of it is in the history.
+    """
+    model = load(directory)
+    named = {"": model} if isinstance(model, GraphModule) else model.__dict__["fxopt"].graphs
+    if graph is not None and graph not in named:
+        raise UsageError(f"there is no graph {graph!r}; the graphs are {', '.join(map(repr, named))}")
+    lines = []
+    for name, gm in named.items():
+        index = _index(gm, what)
+        if index is None or (graph is not None and name != graph):
+            continue
+        entry = history(gm)[index]
+        if rewrite is None:
+            entry.reverse()
+            lines.append(f"{name + ': ' if name else ''}undone: {entry.signature}")
+            continue
+        found = [r for r in entry.rewrites if rewrite in (r.part.id, r.id)]
+        for r in found:
+            r.reverse()
+            lines.append(f"{name + ': ' if name else ''}undone: {r.id}")
+    if not lines:
+        known = dict.fromkeys(c.signature for gm in named.values() for c in commits(gm))
+        what = what if rewrite is None else f"{what} with the rewrite {rewrite}"
+        raise UsageError(f"{what} is not in the history, which holds {', '.join(known) or 'nothing'}")
+    save(model, directory)
+    return lines
+
+
+def _index(gm: GraphModule, what: str) -> int | None:
+    found = [i for i, c in enumerate(commits(gm)) if what in (c.signature, c.signature.partition("(")[0], str(i))]
+    return found[-1] if found else None
 
 
 # --- the journal ----------------------------------------------------------------------------------------------------
@@ -147,7 +261,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_journal(folder: Path, entry: dict[str, Any]) -> None:
     """Write the journal, with the hash of every file beside it, which tells an interrupted save from a whole one."""
     files = {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != JOURNAL}
-    write_json(folder / JOURNAL, entry | {"files": files})
+    versions = {"fxopt": fxopt.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    write_json(folder / JOURNAL, {"format": FORMAT, "versions": versions, "files": files} | entry)
 
 
 def read_journal(folder: Path) -> dict[str, Any]:

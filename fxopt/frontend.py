@@ -1,0 +1,143 @@
+"""What `fxopt optimize` does, as functions: load a model, make its inputs, optimise, compare with eager, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from fxopt import catalogue, models
+from fxopt.benchmark import Comparison, benchmark
+from fxopt.compose import Result, compose
+from fxopt.errors import UsageError
+from fxopt.huggingface import Optimized, default_passes, optimize as optimize_model
+from fxopt.inputs import example_inputs, load_tokenizer
+from fxopt.verify import Verification, verify
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Report:
+    """An optimised model, what was done to each of its graphs, and how it compares with eager end to end."""
+
+    name: str
+    model: nn.Module = field(repr=False)
+    results: Mapping[str, Result]
+    verification: Verification
+    comparison: Comparison | None
+
+    @property
+    def state(self) -> Optimized:
+        state: Optimized = self.model.__dict__["fxopt"]
+        return state
+
+    @property
+    def ok(self) -> bool:
+        """Whether the result computes what the model computes, and no step had to be taken back."""
+        return self.verification.ok and all(s.kept or not s.note for r in self.results.values() for s in r.steps)
+
+    def save(self, directory: Path) -> None:
+        """Write the result to a folder; see `fxopt.save`."""
+        from fxopt.store import save
+
+        save(self.model, directory)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that the table shows, as plain values."""
+        return {
+            "model": self.name,
+            "graphs": {name: result.to_json() for name, result in self.results.items()},
+            "capture": {name: str(g.meta["fxopt.capture"]) for name, g in self.state.graphs.items()},
+            "eager": list(self.state.notes),
+            "fallbacks": dict(self.state.fallbacks),
+            "verification": self.verification.to_json(),
+            "latency": None if self.comparison is None else self.comparison.to_json(),
+        }
+
+    def __rich__(self) -> Group:
+        parts: list[Any] = []
+        for name, result in self.results.items():
+            title = f"{self.name}: {name}, {self.state.graphs[name].meta['fxopt.capture']}"
+            parts += [Text(title, style="bold"), result]
+        parts += [Text(f"eager from the start: {note}", style="yellow") for note in self.state.notes]
+        parts.append(self._summary())
+        return Group(*parts)
+
+    def _summary(self) -> Table:
+        table = Table(title="the model, end to end, against eager", title_justify="left", show_header=False)
+        verdict = "same as eager" if self.verification.ok else "DIFFERS from eager"
+        table.add_row("verification", f"{verdict}; {self.verification.summary}")
+        if self.comparison is not None:
+            low, high = self.comparison.interval
+            before, after = self.comparison.a.median, self.comparison.b.median
+            ratio = f"{self.comparison.ratio:.3f} [{low:.3f}, {high:.3f}] × eager: {self.comparison.verdict}"
+            table.add_row("latency", f"{ratio} ({before * 1e3:.2f} → {after * 1e3:.2f} ms)")
+        for reason, count in self.state.fallbacks.items():
+            table.add_row("fallback to eager", f"{count} × {reason}")
+        return table
+
+
+def load(name: str, device: str, dtype: str | None) -> nn.Module:
+    """A built-in model, a local folder or a hub name, on ``device`` as ``dtype`` (a name, or None for its own)."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is not known; give one of {', '.join(DTYPES)}")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"--device {device} is no device; give cpu or cuda") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device} was asked for, but torch sees no CUDA device; give --device cpu")
+    return models.load(name, wanted, None if dtype is None else DTYPES[dtype])
+
+
+def inputs(
+    model: nn.Module, name: str, text: str | None = None, max_length: int = 128, batch_size: int = 1
+) -> dict[str, Any]:
+    """Example inputs: ``text`` through the folder's tokenizer where there is one, else made up from the config."""
+    tokenizer = load_tokenizer(name) if Path(name).is_dir() else None
+    if text is not None and tokenizer is None:
+        raise UsageError(f"--text was given, but {name} has no tokenizer; leave it out for random tokens")
+    return example_inputs(model, batch_size, max_length, text, tokenizer)
+
+
+def optimize(
+    model: nn.Module,
+    given: Mapping[str, Any],
+    name: str = "model",
+    passes: str = "default",
+    rtol: float | None = None,
+    atol: float | None = None,
+    benchmarked: bool = True,
+    rounds: int = 30,
+    warmup: int = 3,
+    show: bool | None = None,
+) -> Report:
+    """Run the passes over every graph of ``model``, each step verified and timed, and compare the result with eager."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    steps = default_passes(device) if passes == "default" else catalogue.parse(passes)
+    pipeline = compose(
+        *steps, verify=True, benchmark=benchmarked, on_failure="undo", rtol=rtol, atol=atol, rounds=rounds, warmup=warmup
+    )
+    pipeline.show = False if show is None else show
+    result = optimize_model(model, pipeline, dict(given))
+    state: Optimized = result.__dict__["fxopt"]
+    # as functions: for modules, both questions would put copies in the parameters' place, and the graphs would step back
+    before, after = _function(model), _function(result)
+    verification = verify(before, after, dict(given), rtol=rtol, atol=atol)
+    comparison = benchmark(before, after, dict(given), rounds=rounds, warmup=warmup) if benchmarked else None
+    return Report(name, result, dict(state.results), verification, comparison)
+
+
+def _function(model: nn.Module) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    return run
