@@ -153,6 +153,7 @@ class Memory:
         self._parent: dict[Node, Node] = {}
         self._storages: dict[int, Node] = {}
         self._input: Node | None = None
+        self._onward: dict[Node, list[Node]] = {}  # a node -> those whose value may be (in) its memory
         for i, node in enumerate(gm.graph.nodes):
             self.position[node] = i
             self._parent[node] = node
@@ -163,7 +164,7 @@ class Memory:
         for node, found in self.effects.items():
             for target in self.targets(node) if found.kind in ("write", "unknown") else ():
                 self.written.setdefault(self.root(target), []).append(self.position[node])
-        self.returned = {self.root(n) for output in gm.graph.find_nodes(op="output") for n in output.all_input_nodes}
+        self.returned = self._reaching_output()  # the nodes whose memory the caller may get
 
     def targets(self, node: Node) -> tuple[Node, ...]:
         """The nodes to whose memory ``node`` writes or may write."""
@@ -184,14 +185,14 @@ class Memory:
 
     def join(self, a: Node, b: Node) -> None:
         """From now on, ``a`` and ``b`` are one value: their classes are one."""
+        if b in self.returned:
+            self.returned.add(a)
         a, b = self.root(a), self.root(b)
         if a is b:
             return
         self._parent[b] = a
         if b in self.written:
             self.written[a] = sorted(self.written.get(a, []) + self.written.pop(b))
-        if b in self.returned:
-            self.returned.add(a)
 
     def last_write(self, node: Node) -> int:
         """The position of the last node that may write to what ``node`` holds; -1 if none does."""
@@ -210,8 +211,23 @@ class Memory:
         if node.op == "placeholder":
             self._input = self._input or node
             self._union(self._input, node)
-        for source in _sources(self.gm, node):
+        for source in {*_sources(self.gm, node), *self._same_storage(node)}:
+            self._onward.setdefault(source, []).append(node)
             self._union(source, node)
+
+    def _same_storage(self, node: Node) -> Iterator[Node]:
+        """The inputs of ``node`` that have the same storage, by their fake tensors."""
+        mine = {_storage(v) for v in tree_leaves(value(node)) if isinstance(v, torch.Tensor)}
+        for n in node.all_input_nodes if mine else ():
+            if any(_storage(v) in mine for v in tree_leaves(value(n)) if isinstance(v, torch.Tensor)):
+                yield n
+
+    def _reaching_output(self) -> set[Node]:
+        found = {n for output in self.gm.graph.find_nodes(op="output") for n in output.all_input_nodes}
+        for node in reversed(self.gm.graph.nodes):
+            if any(n in found for n in self._onward.get(node, ())):
+                found.add(node)
+        return found
 
     def _union(self, a: Node, b: Node) -> None:
         a, b = self.root(a), self.root(b)
