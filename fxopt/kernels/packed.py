@@ -35,7 +35,7 @@ from fxopt.kernels.registration import register
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 
 MAX_LAYOUTS = 4
-"""Packed copies kept of one weight. A convolution's best layout depends on its input's size; further sizes run plain."""
+"""Packed copies kept of one weight: a convolution's best layout depends on its input's size. Further sizes run plain."""
 
 _SAMPLE = 64
 """Elements compared at each call, to notice writes through `.data`, which leave the version counter alone."""
@@ -164,9 +164,7 @@ def packed_linear_kernel(
 ) -> Tensor:
     """`packed_linear`, with oneDNN on the CPU; the activation is in place on the fresh product."""
     packed = None
-    if x.dim() > 1 and min_rows * x.shape[-1] <= x.numel() <= max_rows * x.shape[-1] and _linear_fits(
-        x, weight, bias, transposed
-    ):
+    if _linear_fits(x, weight, bias, transposed) and min_rows * x.shape[-1] <= x.numel() <= max_rows * x.shape[-1]:
         packed = _lookup(weight, (int(transposed),), lambda: _pack_linear(weight, transposed))
     if packed is None:
         return _activate_(F.linear(x, weight.t() if transposed else weight, bias), activation)
@@ -177,7 +175,7 @@ def packed_linear_kernel(
 
 
 def _linear_fits(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> bool:
-    if weight.dim() != 2 or x.shape[-1] != weight.shape[0 if transposed else 1]:
+    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[0 if transposed else 1]:
         return False
     if bias is not None and bias.shape != weight.shape[1 if transposed else 0 :][:1]:
         return False

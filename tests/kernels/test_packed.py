@@ -55,7 +55,12 @@ def test_linear_computes_its_reference(activation, transposed, biased, shape):
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    "case", [(8, 16, 3, (1, 1), (1, 1), (1, 1), 1), (8, 16, 1, (2, 2), (0, 0), (1, 1), 1), (8, 16, 3, (2, 1), (2, 0), (2, 1), 4)]
+    "case",
+    [
+        (8, 16, 3, (1, 1), (1, 1), (1, 1), 1),
+        (8, 16, 1, (2, 2), (0, 0), (1, 1), 1),
+        (8, 16, 3, (2, 1), (2, 0), (2, 1), 4),
+    ],
 )
 def test_convolution_computes_its_reference_channels_last(activation, summed, layout, case):
     inputs, outputs, kernel, *at, groups = case
