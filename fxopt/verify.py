@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.errors import UsageError, VerificationError
 from fxopt.isolation import is_plain, module_of, own_copies, own_tensors, quiet
-from fxopt.samples import InputSet, Part, Sampler, flatten, normal_form, sampler, widened
+from fxopt.samples import InputSet, Part, Sampler, clone_tensors, flatten, normal_form, sampler, widened
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,6 +37,7 @@ DEFAULT_TOLERANCES: Mapping[torch.dtype, float] = {
 _COARSE = 0.125  # for floats of 8 bits and fewer
 _TIMES_OWN_ERROR = 2.0
 _FLOOR_ULPS = 4.0  # the original may hit float64 exactly by luck; this many units of its precision are always allowed
+_LEAST_ULPS = 8.0  # of 1.0: small differences of large numbers have that much error, however they are computed
 _MEMORY_SHARE = 0.5  # of the memory that is available, for weights in float64
 
 
@@ -223,7 +224,8 @@ def verify(
     - Floats: |got − expected| ≤ atol + rtol·|expected|, or the largest error against a float64 run of `before` is at
       most twice the largest error of `before` itself (plus 4 units of its precision). NaN and Inf in the same places,
       Inf with the same sign. By default rtol is 1e-4 for float32 (1e-9 float64, 2e-3 float16, 1.6e-2 bfloat16), and
-      atol the same times the largest element, at most 1. `rtol=0, atol=0` asks for equal bits.
+      atol the same times the largest element, at most 1 (and at least 8 units of the dtype's precision).
+      `rtol=0, atol=0` asks for equal bits.
     - Integers, booleans and other values: equal.
     - Strides: the dimensions lie in the same order in memory, where neither output repeats memory (expanded).
       Whether an output is dense or a part of a larger tensor is left open: it is what merging linears changes.
@@ -258,7 +260,7 @@ class _Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has values to compare: outputs, inputs after the call, written tensors of the module."""
-        named = {part.path: part.value for part in self.outputs if isinstance(part.value, Tensor)}
+        named = {part.path: part.value.detach() for part in self.outputs if isinstance(part.value, Tensor)}
         named.update({f"input {name}": tensor for name, tensor in self.inputs})
         return named | {f"buffer {name}": tensor for name, tensor in self.written.items()}
 
@@ -404,14 +406,15 @@ def _run(function: Callable[..., Any], one: InputSet, seed: int, wide: _Widened 
     tensors = [tensor for _, tensor in inputs.tensors()]
     copied = own_copies(module) if wide is None else own_copies(module, torch.float64, wide.parameter)
     with quiet(seed, tensors), copied as copies, torch.no_grad():
-        versions = {path: tensor._version for path, tensor in copies.items()}
+        # Values are compared, not versions: batch normalisation writes its statistics without a new version.
+        untouched = clone_tensors(copies.values())
         if wide is None:
             result = inputs.call(function)
         else:
             with wide.arithmetic():
                 result = inputs.call(function)
         outputs = tuple(flatten(result, "output"))
-        written = {path: t for path, t in copies.items() if t._version != versions[path]}
+        written = {path: t for path, t in copies.items() if not _same_bits(untouched[id(t)], t)}
         owned = None if module is None else _sharing_with(outputs, [*copies.values(), *own_tensors(module).values()])
     after = tuple(inputs.tensors())
     return _Run(outputs, after, written, _sharing(outputs, after), owned)
@@ -830,7 +833,8 @@ def _tolerances(expected: Tensor, dtype: torch.dtype, tolerance: Tolerance) -> t
     if coarsest is not None:
         default = max(default, DEFAULT_TOLERANCES.get(coarsest, _COARSE))
     scale = min(1.0, float(expected.abs().max()))
-    return default if rtol is None else rtol, default * scale if atol is None else atol
+    least = min(default, _LEAST_ULPS * torch.finfo(dtype).eps)
+    return default if rtol is None else rtol, max(default * scale, least) if atol is None else atol
 
 
 def _against_reference(
