@@ -35,7 +35,7 @@ from fxopt.kernels.registration import register
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 
 MAX_LAYOUTS = 4
-"""Packed copies kept of one weight: a convolution's best layout depends on its input's size. Further sizes run plain."""
+"""Packed copies kept of one weight: a convolution's best layout depends on its input's size. Others run plain."""
 
 _SAMPLE = 64
 """Elements compared at each call, to notice writes through `.data`, which leave the version counter alone."""
@@ -129,7 +129,9 @@ def _packable(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         return False
     if any(other is not None and (other.dtype != dtype or other.device.type != "cpu") for other in others):
         return False
-    return weight.is_contiguous() and not weight.is_inference() and available(dtype) and torch.backends.mkldnn.enabled
+    if not available(dtype) or not bool(torch.backends.mkldnn.enabled):
+        return False
+    return weight.is_contiguous() and not weight.is_inference()
 
 
 # --- the operators ---------------------------------------------------------------------------------------------------
