@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxopt.kernels
 from fxopt.errors import UsageError
@@ -444,3 +445,31 @@ def test_sum_is_the_residual():
     normed, total = OPS.add_layer_norm_sum(x, r, [5])
     assert torch.equal(total, x + r)
     assert torch.equal(normed, OPS.add_layer_norm(x, r, [5]))
+
+
+@each_operator
+def test_dispatch_modes_see_the_operator(name):
+    """Profilers and counters are told of one operator, not of what its kernel calls."""
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    arguments = SAMPLE_OF[name].draw()
+    with Recorder():
+        overload(SAMPLE_OF[name])(*arguments)
+    assert seen == [f"fxopt.{name}.default"]
+
+
+@pytest.mark.slow
+@each_operator
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_inductor(name, mode):
+    layer = Layer(SAMPLE_OF[name])
+    torch._dynamo.reset()
+    with mode():
+        got = outputs(torch.compile(layer)(layer.example))
+        for one, other in zip(got, outputs(layer(layer.example)), strict=True):
+            torch.testing.assert_close(one, other)
