@@ -28,6 +28,8 @@ out, err = Console(width=_WIDE), Console(stderr=True)
 
 def main() -> None:
     """Run the command line; an error of fxopt is one line and exit code 2 (1 where a verification failed)."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would run through the tables
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app(standalone_mode=True)
     except VerificationError as error:

@@ -139,7 +139,8 @@ def _ratio(comparison: Comparison | None) -> Text:
         return Text("")
     style = {"faster": "green", "slower": "red"}.get(comparison.verdict, "")
     low, high = comparison.interval
-    return Text(f"{comparison.ratio:.2f} [{low:.2f}, {high:.2f}]", style=style)
+    interval = f"[{low:.2f}, {high:.2f}]" if high != float("inf") else "[too few rounds]"
+    return Text(f"{comparison.ratio:.2f} {interval}", style=style)
 
 
 def _memory(comparison: Comparison | None) -> Text:

@@ -77,8 +77,9 @@ class Report:
         table.add_row("verification", f"{verdict}; {self.verification.summary}")
         if self.comparison is not None:
             low, high = self.comparison.interval
+            interval = f"[{low:.3f}, {high:.3f}]" if high != float("inf") else "[too few rounds for an interval]"
             before, after = self.comparison.a.median, self.comparison.b.median
-            ratio = f"{self.comparison.ratio:.3f} [{low:.3f}, {high:.3f}] × eager: {self.comparison.verdict}"
+            ratio = f"{self.comparison.ratio:.3f} {interval} × eager: {self.comparison.verdict}"
             table.add_row("latency", f"{ratio} ({before * 1e3:.2f} → {after * 1e3:.2f} ms)")
         for reason, count in self.state.fallbacks.items():
             table.add_row("fallback to eager", f"{count} × {reason}")

@@ -100,6 +100,7 @@ def _save_model(model: Any, state: Optimized, folder: Path) -> None:
         "class": f"{type(model).__module__}:{type(model).__qualname__}",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "inputs": {k: serial.encode(v, f"the example input {k}") for k, v in plain.items()},
+        "order": list(state.example_inputs),  # an exported graph takes its inputs in the order in which it saw them
         "generation": state.generation,
         "dynamic": state.dynamic,
         "graphs": {name: journal(gm) for name, gm in state.graphs.items()},
@@ -112,6 +113,7 @@ def _load_model(folder: Path, entry: dict[str, Any]) -> nn.Module:
     model = kind.from_pretrained(folder, dtype=getattr(torch, entry["dtype"])).eval()
     inputs: dict[str, Any] = dict(read_tensors(folder / INPUTS))
     inputs |= {k: serial.decode(v) for k, v in entry["inputs"].items()}
+    inputs = {name: inputs[name] for name in entry["order"]}
     again = Replay(entry["graphs"])
     made = optimize(model, again, inputs, generation=entry["generation"], dynamic=entry["dynamic"])
     if missing := entry["graphs"].keys() - made.__dict__["fxopt"].graphs.keys():
