@@ -380,7 +380,6 @@ def _surroundings(functions: Any, sets: Sequence[InputSet], options: Options) ->
         try:
             if options.threads is not None:
                 torch.set_num_threads(options.threads)
-            gc.collect()
             gc.disable()
             yield
         finally:
