@@ -1,113 +1,56 @@
-"""The history of a graph module: one commit per transformation, undone in any order, whole or in part.
-
-The history is an immutable tuple of commits.  It stands in ``gm.meta``, which follows ``copy.deepcopy``, and in a plain
-attribute, which follows pickling.
-"""
+"""The history of a graph module: one commit per transformation, undone in any order, whole or in part."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxopt import delta as deltas
-from fxopt.delta import MARKS, Delta, Part, Snapshot, Watch, diff, graphs, own, snapshot
+from fxopt import patch
+from fxopt.delta import MARKS, Delta, diff
 from fxopt.errors import Conflict, FxoptError, IrreversibleEdit, TransformationError, UsageError
+from fxopt.log import Commit, Recordable, commits, foreign, install, kept, put_back, store
+from fxopt.snapshot import Snapshot, graph_of, graphs, node_key, slot_of, snapshot
+from fxopt.split import Part, joined, whole
+from fxopt.watch import Watch, own
 
-_KEY = "fxopt.history"
-_ATTRIBUTE = "_fxopt_history"
+__all__ = ["Commit", "Edited", "Recordable", "atomic", "commits", "find", "history", "run", "undo", "undo_rewrite"]
 
 Edited = Literal["refuse", "carry", "discard"]
-
-
-class Recordable(Protocol):
-    """What the history needs to know of a transformation."""
-
-    replayable: bool
-
-    @property
-    def signature(self) -> str: ...
-
-    def transform(self, graph_module: GraphModule) -> Any: ...
-
-    def carry(self, gm: GraphModule, rewrite: Delta) -> Mapping[str, torch.Tensor] | None: ...
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One transformation and what it changed; ``undone`` are the ids of the rewrites taken back one by one."""
-
-    transformation: Recordable
-    delta: Delta
-    undone: frozenset[str] = frozenset()
-
-    @property
-    def signature(self) -> str:
-        return self.transformation.signature
-
-    @functools.cached_property
-    def parts(self) -> tuple[Part, ...]:
-        return deltas.split(self.delta)
-
-    def active(self) -> Delta:
-        """What of the delta stands."""
-        if not self.undone:
-            return self.delta
-        return _joined([p.delta for p in self.parts if p.id not in self.undone], self.delta)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Commit:
-        import copy
-
-        return Commit(self.transformation, copy.deepcopy(self.delta, memo), self.undone)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-
-def _joined(parts: Sequence[Delta], whole: Delta) -> Delta:
-    """The deltas of some parts of ``whole`` as one."""
-    found = Delta(orders=whole.orders if parts else {}, entries=whole.entries if parts else {})
-    for part in parts:
-        found.nodes.update(part.nodes)
-        found.metas.update(part.metas)
-        found.slots.update(part.slots)
-        found.attributes.update(part.attributes)
-        found.codegens.update(part.codegens)
-    return found
-
-
-def commits(gm: GraphModule) -> tuple[Commit, ...]:
-    """The commits of ``gm``, oldest first."""
-    found: tuple[Commit, ...] | None = gm.meta.get(_KEY)
-    return found if found is not None else gm.__dict__.get(_ATTRIBUTE, ())
-
-
-def _store(gm: GraphModule, found: tuple[Commit, ...]) -> None:
-    gm.meta[_KEY] = found
-    gm.__dict__[_ATTRIBUTE] = found
+Change = Callable[[], tuple[Commit, ...]]  # edits the graph module; what is left of the commit
 
 
 @contextlib.contextmanager
 def atomic(gm: GraphModule) -> Iterator[Snapshot]:
     """Run the body; if it raises, put ``gm`` and its history back as they were."""
-    before, known = snapshot(gm), commits(gm)
+    before, known = snapshot(gm), kept(gm)
     try:
         yield before
     except BaseException:
-        made = commits(gm)
-        deltas.apply(gm, diff(before, snapshot(gm)).inverse())
-        _store(gm, known)
-        _unmark_absent(gm, made)
-        _recompile(gm)
+        _restore(gm, before)
+        put_back(gm, known)
         raise
+
+
+def _restore(gm: GraphModule, before: Snapshot) -> None:
+    """Bring ``gm`` back to ``before``, whatever was done to it since."""
+    for path, inner in before.modules.items():  # also one that was taken out of it
+        if graphs(gm).get(path) is not inner:
+            _restore_detached(before, path, inner)
+    patch.apply(gm, diff(before, snapshot(gm)).inverse())
+    _recompile(gm)
+
+
+def _restore_detached(before: Snapshot, path: str, inner: GraphModule) -> None:
+    patch.apply(inner, diff(before.within(path), snapshot(inner)).inverse())
+    inner.recompile()
 
 
 def run(gm: GraphModule, transformation: Recordable, lint_and_recompile: bool = True) -> GraphModule:
@@ -123,43 +66,63 @@ def run(gm: GraphModule, transformation: Recordable, lint_and_recompile: bool = 
             "make one with fxopt.capture(model, example_inputs) or torch.fx.symbolic_trace(model)"
         )
     own(gm)
+    install(gm)
     before = snapshot(gm)
+    between = foreign(gm, before)
     watch = Watch(before)
     try:
         with watch:
-            for inner in graphs(gm).values():
-                _transform(inner, transformation)
+            _transform_all(gm, transformation)
         if edited := watch.edited():
             raise IrreversibleEdit(
                 f"{', '.join(edited)} was modified in place; assign a new parameter instead, so that it can be undone"
             )
+        watch.forget_gradients()
+        own(gm)  # the modules that it brought along
+        install(gm)
         if lint_and_recompile:
             _lint(gm)
-        delta = diff(before, snapshot(gm))
+        after = snapshot(gm)
+        delta = diff(before, after)
+        _settle_detached(gm, before, after)
+        if delta and lint_and_recompile:
+            _recompile(gm, delta)
     except BaseException as error:
         watch.restore()
-        deltas.apply(gm, diff(before, snapshot(gm)).inverse())
-        _recompile(gm)
+        _restore(gm, before)
         if not isinstance(error, Exception):  # an interrupt
             raise
         ran = ", ".join(c.signature for c in commits(gm)) or "nothing"
         kind = type(error) if isinstance(error, TransformationError) else TransformationError
         text = str(error) if isinstance(error, FxoptError) else f"{type(error).__name__}: {error}"
         raise kind(f"{transformation.signature} failed after {ran}: {text}") from error
-    if delta and lint_and_recompile:
-        _recompile(gm, delta)
-    _mark(gm, delta, transformation.signature)
-    _store(gm, (*commits(gm), Commit(transformation, delta)))
+    _mark(gm, delta, before, after, transformation.signature)
+    store(gm, (*commits(gm), Commit(transformation, delta, foreign=between)), after)
     return gm
 
 
-def _transform(gm: GraphModule, transformation: Recordable) -> None:
-    result = transformation.transform(gm)
-    if result is not None and result is not gm:
-        raise TransformationError(
-            f"transform returned {type(result).__name__} {result!r:.60}, expected the graph module it was given; "
-            "edit the graph module in place"
-        )
+def _transform_all(gm: GraphModule, transformation: Recordable) -> None:
+    for path, inner in graphs(gm).items():
+        if graphs(gm).get(path) is not inner:  # it took this one out of the graph module
+            continue
+        result = transformation.transform(inner)
+        if result is not None and result is not inner:
+            raise TransformationError(
+                f"transform returned {type(result).__name__} {result!r:.60}, expected the graph module it was given; "
+                "edit the graph module in place"
+            )
+
+
+def _settle_detached(gm: GraphModule, before: Snapshot, after: Snapshot) -> None:
+    """A graph module that was taken out is kept as it was; what was done to it before has no effect any more."""
+    there = set(map(id, after.modules.values()))
+    for path, inner in before.modules.items():
+        if after.modules.get(path) is inner:
+            continue
+        if id(inner) not in there:
+            _restore_detached(before, path, inner)
+        elif diff(before.within(path), snapshot(inner)):
+            raise IrreversibleEdit(f"the graph module {path} was moved and edited; do one at a time")
 
 
 def _lint(gm: GraphModule) -> None:
@@ -168,15 +131,18 @@ def _lint(gm: GraphModule) -> None:
 
 
 def _recompile(gm: GraphModule, delta: Delta | None = None) -> None:
-    touched = None if delta is None else {deltas.graph_of(k) for k in delta.nodes} | {*delta.orders, *delta.codegens}
+    touched = None if delta is None else {graph_of(k) for k in delta.nodes} | {*delta.orders, *delta.codegens}
     for path, inner in graphs(gm).items():
         if touched is None or path in touched:
             inner.recompile()
 
 
-def _mark(gm: GraphModule, delta: Delta, signature: str) -> None:
-    for node in deltas.touched_nodes(gm, delta):
+def _mark(gm: GraphModule, delta: Delta, before: Snapshot, after: Snapshot, signature: str) -> None:
+    """Note ``signature`` on what ``delta`` created or changed; the notes are part of the difference."""
+    for key, node in patch.touched_nodes(gm, delta):
         mark(node, signature)
+        after.metas[key] = node.meta.copy()
+        delta.metas[key] = (delta.metas[key][0] if key in delta.metas else before.metas.get(key), after.metas[key])
 
 
 def mark(node: Node, signature: str) -> None:
@@ -193,15 +159,6 @@ def unmark(node: Node, signature: str) -> None:
         node.meta[MARKS] = marks
     else:
         node.meta.pop(MARKS, None)
-
-
-def _unmark_absent(gm: GraphModule, former: Sequence[Commit]) -> None:
-    """Take the marks back of those of the ``former`` commits whose signature stands in the history no more."""
-    gone = {c.signature for c in former} - {c.signature for c in commits(gm)}
-    for inner in graphs(gm).values() if gone else ():
-        for node in inner.graph.nodes:
-            for signature in gone.intersection(node.meta.get(MARKS, ())):
-                unmark(node, signature)
 
 
 # --- undo ---------------------------------------------------------------------------------------------------------
@@ -225,105 +182,160 @@ def undo(gm: GraphModule, index: int, edited: Edited = "refuse") -> None:
 
     Raises `Conflict`, before anything is changed, if an edit of somebody else would be lost.
     """
-    found = commits(gm)
-    with atomic(gm):
-        _undo(gm, found, index, frozenset(p.id for p in found[index].parts), edited, drop=True)
-        _unmark_absent(gm, found)
-        _lint(gm)
-    _recompile(gm)
+    commit = commits(gm)[index]
+
+    def take_back() -> tuple[Commit, ...]:
+        _revert(gm, commit, commit.active(), edited)
+        return ()
+
+    _rebase(gm, index, take_back, commit.active())
 
 
 def undo_rewrite(gm: GraphModule, index: int, part: str, edited: Edited = "refuse") -> None:
     """Undo one rewrite of commit ``index``, alone; the rest of the commit stays."""
-    found = commits(gm)
-    if part in found[index].undone:
+    commit = commits(gm)[index]
+    if part in commit.undone:
         return
-    with atomic(gm):
-        _undo(gm, found, index, frozenset({part}), edited, drop=False)
-        _lint(gm)
-    _recompile(gm)
+    going = joined([p.delta for p in commit.parts if p.id == part], commit.delta)
+
+    def take_back() -> tuple[Commit, ...]:
+        _revert(gm, commit, going, edited)
+        return (dataclasses.replace(commit, undone=commit.undone | {part}),)
+
+    _rebase(gm, index, take_back, going)
 
 
 def redo_rewrite(gm: GraphModule, index: int, part: str) -> None:
     """Make one rewrite of commit ``index`` again that was undone alone."""
-    found = commits(gm)
-    commit = found[index]
+    commit = commits(gm)[index]
     if part not in commit.undone:
         return
-    again = dataclasses.replace(commit, undone=commit.undone - {part})
-    with atomic(gm):
-        later = found[index + 1 :]
-        _take_back(gm, later, "refuse")
-        _forward(gm, next(p for p in commit.parts if p.id == part).delta, f"rewrite {part} of {commit.signature}")
-        _store(gm, (*found[:index], again))
-        _mark(gm, again.active(), commit.signature)
-        _replay(gm, later)
+    coming = joined([p.delta for p in commit.parts if p.id == part], commit.delta)
+    left = commit.undone - {part}
+
+    def make_again() -> tuple[Commit, ...]:
+        _put_on(gm, coming if left else whole(coming, commit.delta), f"rewrite {part} of {commit.signature}")
+        return (dataclasses.replace(commit, undone=left),)
+
+    _rebase(gm, index, make_again, coming)
+
+
+def checkout(gm: GraphModule, count: int) -> None:
+    """Undo all but the first ``count`` commits; edits made outside of fxopt are kept."""
+    found = commits(gm)
+    with atomic(gm) as now:
+        edits = foreign(gm, now)
+        _take_off(gm, found[count:], edits)
+        store(gm, found[:count], snapshot(gm))
+        for edit in (*(d for c in found[count:] for d in c.foreign), *edits):
+            _put_on(gm, edit, "an edit outside of fxopt")
         _lint(gm)
     _recompile(gm)
 
 
-def _undo(
-    gm: GraphModule, found: tuple[Commit, ...], index: int, parts: frozenset[str], edited: Edited, drop: bool
-) -> None:
-    commit, earlier, later = found[index], found[:index], found[index + 1 :]
-    left = () if drop else (dataclasses.replace(commit, undone=commit.undone | parts),)
-    going = commit.active() if drop else _joined([p.delta for p in commit.parts if p.id in parts], commit.delta)
-    later_changes = [c for c in later if c.active()]
-    if not later_changes:
-        _revert(gm, commit, going, edited)
-        _store(gm, (*earlier, *left, *later))
-        return
-    stuck = [c for c in later_changes if not c.transformation.replayable or _trained(gm, c)]
-    if not stuck:
-        _take_back(gm, later, edited)
-        _revert(gm, commit, going, edited)
-        _store(gm, (*earlier, *left))
-        _replay(gm, later)
-        return
-    if entangled := [c for c in later_changes if not _disjoint(going, c.active())]:
-        why = "cannot be made again" if not entangled[-1].transformation.replayable else "lies over it"
-        if trained := _trained(gm, entangled[-1]):
-            why = f"made {', '.join(trained)}, edited since, and would lose the edit"
-        raise Conflict(
-            f"{commit.signature} cannot be undone: {entangled[-1].signature} {why}; undo {entangled[-1].signature} first"
-        )
-    _revert(gm, commit, going, edited)
-    _store(gm, (*earlier, *left, *later))
+def _rebase(gm: GraphModule, index: int, change: Change, going: Delta) -> None:
+    """Let ``change`` do its work on ``gm`` as it was after commit ``index``, and make what lies over it again."""
+    found, now = commits(gm), snapshot(gm)
+    later, edits = found[index + 1 :], foreign(gm, now)
+    apart = all(_disjoint(going, d) for c in later for d in (*c.foreign, c.active())) and all(
+        _disjoint(going, d) for d in edits
+    )
+    stuck = [c for c in later if c.active() and (not c.transformation.replayable or _trained(c, now))]
+    if stuck and not apart:
+        raise Conflict(_why_stuck(found[index], going, stuck, now))
+    try:
+        with atomic(gm):
+            make = _in_place if stuck else _replay
+            make(gm, index, change, edits)
+            _lint(gm)
+    except Conflict:
+        if stuck or not apart:
+            raise
+        with atomic(gm):  # an edit outside of fxopt lies over a later commit, but not over this one
+            _in_place(gm, index, change, edits)
+            _lint(gm)
+    _recompile(gm)
 
 
-def _trained(gm: GraphModule, commit: Commit) -> list[str]:
-    return deltas.edited(commit.active().inverse(), snapshot(gm))
+def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...]) -> None:
+    found = commits(gm)
+    commit, later = found[index], found[index + 1 :]
+    _take_off(gm, later, edits)
+    before = snapshot(gm)
+    left = change()
+    mine = () if left else commit.foreign
+    _take_off(gm, (), mine)
+    store(gm, (*found[:index], *left), snapshot(gm))
+    for edit in mine:
+        _put_on(gm, edit, f"an edit outside of fxopt, before {commit.signature},")
+    moved = diff(before, snapshot(gm)).existence()
+    for c in later:
+        for edit in c.foreign:
+            _put_on(gm, edit, f"an edit outside of fxopt, before {c.signature},", moved)
+        _again(gm, c, moved)
+    for edit in edits:
+        _put_on(gm, edit, "an edit outside of fxopt", moved)
 
 
-def _disjoint(a: Delta, b: Delta) -> bool:
-    """Whether neither delta changed what the other changed, nor the existence of what it refers to."""
-    return not (a.touched() & b.touched() or a.existence() & b.mentions() or a.mentions() & b.existence())
+def _in_place(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...]) -> None:
+    found = commits(gm)
+    commit, later = found[index], found[index + 1 :]
+    left = change()
+    mine = () if left else commit.foreign
+    if later:
+        later = (dataclasses.replace(later[0], foreign=(*mine, *later[0].foreign)), *later[1:])
+    else:
+        edits = (*mine, *edits)
+    store(gm, (*found[:index], *left, *later), snapshot(gm), edits)
 
 
-def _take_back(gm: GraphModule, later: Sequence[Commit], edited: Edited) -> None:
+def _take_off(gm: GraphModule, later: Sequence[Commit], edits: Sequence[Delta]) -> None:
+    """Take back ``edits``, and under them the commits ``later``."""
+    for edit in reversed(edits):
+        _put_on(gm, edit.inverse(), "the graph module without an edit outside of fxopt")
     for commit in reversed(later):
-        _revert(gm, commit, commit.active(), edited)
+        _revert(gm, commit, commit.active(), "refuse")
+        _take_off(gm, (), commit.foreign)
 
 
-def _replay(gm: GraphModule, later: Sequence[Commit]) -> None:
-    for commit in later:
-        run(gm, commit.transformation)
-        fresh = commits(gm)[-1]
-        _keep_identity(gm, commit.delta, fresh.delta)
-        fresh = Commit(fresh.transformation, diff_rebased(fresh.delta, commit.delta, gm))
-        undone = frozenset(p.id for p in fresh.parts if p.id in commit.undone)
-        if undone:
-            _revert(gm, fresh, _joined([p.delta for p in fresh.parts if p.id in undone], fresh.delta), "refuse")
-        _store(gm, (*commits(gm)[:-1], dataclasses.replace(fresh, undone=undone)))
+def _put_on(gm: GraphModule, delta: Delta, what: str, moved: Set[str] = frozenset()) -> None:
+    problems = [f"{k} is not what it was" for k in sorted(delta.mentions() & moved)]
+    if problems := problems or patch.conflicts(gm, delta):
+        raise Conflict(f"{what} cannot be made again: {'; '.join(problems[:3])}; take back what builds on it first")
+    patch.apply(gm, delta)
 
 
-def _keep_identity(gm: GraphModule, old: Delta, new: Delta) -> None:
+def _again(gm: GraphModule, commit: Commit, moved: set[str]) -> None:
+    """Make ``commit`` again; adds to ``moved`` the names that stand for another node now."""
+    _recompile(gm)
+    run(gm, commit.transformation)
+    fresh = _same_tensors(gm, commit, commits(gm)[-1])
+    sites = [p.sites() for p in commit.parts if p.id in commit.undone] if commit.undone else []
+    undone = [p for p in fresh.parts if p.id in commit.undone or any(s & p.sites() for s in sites)] if sites else []
+    if undone:
+        _revert(gm, fresh, joined([p.delta for p in undone], fresh.delta), "refuse")
+        fresh = dataclasses.replace(fresh, undone=frozenset(p.id for p in undone))
+        store(gm, (*commits(gm)[:-1], fresh), snapshot(gm))
+    old, new = commit.delta.nodes, fresh.delta.nodes
+    for key in {**old, **new}:
+        (a, b), (x, y) = old.get(key, (None, None)), new.get(key, (None, None))
+        if (a is None and b is not None) or (x is None and y is not None):
+            reads = y.refs() if y is not None else ()
+            if b is None or not b.same(y) or any(node_key(graph_of(key), r) in moved for r in reads):
+                moved.add(key)
+
+
+def _same_tensors(gm: GraphModule, old: Commit, new: Commit) -> Commit:
     """A tensor that is made again with the same content is the same object, so that optimizers stay attached."""
-    for path, (_, slot) in new.slots.items():
-        former = old.slots.get(path, (None, None))[1]
-        if slot is None or former is None or not _equal_tensors(slot.value, former.value):
-            continue
-        deltas.put_slot(gm, path, dataclasses.replace(slot, value=former.value))
+    slots = dict(new.delta.slots)
+    for path, (before, slot) in new.delta.slots.items():
+        former = old.delta.slots.get(path, (None, None))[1]
+        if slot is not None and former is not None and _equal_tensors(slot.value, former.value):
+            slots[path] = (before, dataclasses.replace(slot_of(slot.kind, former.value), persistent=slot.persistent))
+            patch.put_slot(gm, path, dataclasses.replace(slot, value=former.value))
+    new = dataclasses.replace(new, delta=dataclasses.replace(new.delta, slots=slots))
+    store(gm, (*commits(gm)[:-1], new), snapshot(gm))
+    return new
 
 
 def _equal_tensors(a: Any, b: Any) -> bool:
@@ -333,25 +345,15 @@ def _equal_tensors(a: Any, b: Any) -> bool:
     return alike and a.stride() == b.stride() and a.requires_grad == b.requires_grad and torch.equal(a, b)
 
 
-def diff_rebased(new: Delta, old: Delta, gm: GraphModule) -> Delta:
-    """``new`` with the objects that `_keep_identity` put back in place of the new ones."""
-    now = snapshot(gm)
-    slots = {}
-    for path, (before, after) in new.slots.items():
-        held = now.slots.get(path)
-        slots[path] = (before, held if after is not None and held is not None else after)
-    return dataclasses.replace(new, slots=slots)
-
-
 def _revert(gm: GraphModule, commit: Commit, going: Delta, edited: Edited) -> None:
     inverse = going.inverse()
     now = snapshot(gm)
-    if problems := deltas.conflicts(gm, inverse, now):
+    if problems := patch.conflicts(gm, inverse, now):
         raise Conflict(
             f"{commit.signature} cannot be undone: {'; '.join(problems[:3])}, by an edit outside of fxopt; "
             "take that edit back first"
         )
-    written = deltas.edited(inverse, now)
+    written = patch.edited(inverse, now)
     carried: Mapping[str, torch.Tensor] = {}
     if written and edited != "discard":
         values = commit.transformation.carry(gm, going) if edited == "carry" else None
@@ -362,15 +364,29 @@ def _revert(gm: GraphModule, commit: Commit, going: Delta, edited: Edited) -> No
                 'say edited="carry" or edited="discard"'
             )
         carried = values
-    deltas.apply(gm, inverse)
+    patch.apply(gm, inverse)
     for path, value in carried.items():
-        deltas.replace_tensor(gm, path, value)
+        patch.replace_tensor(gm, path, value)
 
 
-def _forward(gm: GraphModule, delta: Delta, what: str) -> None:
-    if problems := deltas.conflicts(gm, delta):
-        raise Conflict(f"{what} cannot be made again: {'; '.join(problems[:3])}")
-    deltas.apply(gm, delta)
+def _trained(commit: Commit, now: Snapshot) -> list[str]:
+    return patch.edited(commit.active().inverse(), now)
+
+
+def _disjoint(a: Delta, b: Delta) -> bool:
+    """Whether neither delta changed what the other changed, nor the existence of what it refers to."""
+    return not (a.touched() & b.touched() or a.existence() & b.mentions() or a.mentions() & b.existence())
+
+
+def _why_stuck(commit: Commit, going: Delta, stuck: Sequence[Commit], now: Snapshot) -> str:
+    culprit = next((c for c in reversed(stuck) if not _disjoint(going, c.active())), stuck[-1])
+    why = "cannot be made again" if not culprit.transformation.replayable else "lies over it"
+    if trained := _trained(culprit, now):
+        why = f"made {', '.join(trained)}, edited since, and would lose the edit"
+    return f"{commit.signature} cannot be undone: {culprit.signature} {why}; undo {culprit.signature} first"
+
+
+# --- the view that users hold --------------------------------------------------------------------------------------
 
 
 def source_line(trace: str) -> str:
@@ -381,9 +397,6 @@ def source_line(trace: str) -> str:
         return trace.strip().splitlines()[-1].strip()
     file, line, code = own[-1]
     return f"{file.rpartition('/')[2]}:{line}: {code.strip()}"
-
-
-# --- the view that users hold --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -503,12 +516,7 @@ class History(Sequence[Entry]):
         """Undo all but the first ``count`` commits."""
         if not 0 <= count <= len(self):
             raise UsageError(f"checkout({count}) of a history of {len(self)} commits; give 0 to {len(self)}")
-        with atomic(self.gm):
-            found = commits(self.gm)
-            _take_back(self.gm, found[count:], "refuse")
-            _store(self.gm, found[:count])
-            _unmark_absent(self.gm, found)
-        _recompile(self.gm)
+        checkout(self.gm, count)
         return self.gm
 
     def undo(self, what: int | str | Recordable, edited: Edited = "refuse") -> GraphModule:
@@ -537,7 +545,11 @@ class History(Sequence[Entry]):
             made, gone = sum(b is not None for _, b in tensors), sum(a is not None for a, _ in tensors)
             undone = f" ({len(entry.commit.undone)} undone)" if entry.commit.undone else ""
             table.add_row(
-                str(entry.index), entry.signature, f"{len(entry.commit.parts)}{undone}", f"-{dead} +{born}", f"-{gone} +{made}"
+                str(entry.index),
+                entry.signature,
+                f"{len(entry.commit.parts)}{undone}",
+                f"-{dead} +{born}",
+                f"-{gone} +{made}",
             )
         return table
 
@@ -553,7 +565,9 @@ def to_html(renderable: Any) -> str:
 
     console = Console(record=True, file=io.StringIO(), width=120)
     console.print(renderable)
-    return console.export_html(inline_styles=True, code_format="<pre style='font-family:monospace;line-height:1.25'>{code}</pre>")
+    return console.export_html(
+        inline_styles=True, code_format="<pre style='font-family:monospace;line-height:1.25'>{code}</pre>"
+    )
 
 
 def history(gm: nn.Module) -> History:
@@ -561,5 +575,3 @@ def history(gm: nn.Module) -> History:
     if not isinstance(gm, GraphModule):
         raise UsageError(f"history of a {type(gm).__name__}, expected a torch.fx.GraphModule; capture the model first")
     return History(gm)
-
-

@@ -1,0 +1,385 @@
+"""Applying a delta to a graph module, and asking first what stands in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from fxopt.delta import MARKS, Delta, Pair, same_codegen, same_meta
+from fxopt.snapshot import (
+    Record,
+    Slot,
+    Snapshot,
+    by_node,
+    graph_of,
+    graphs,
+    node_key,
+    same,
+    same_container,
+    snapshot,
+    state,
+)
+
+
+def conflicts(gm: GraphModule, delta: Delta, now: Snapshot | None = None) -> list[str]:
+    """Why ``delta`` cannot be applied to ``gm`` as it is now, without losing somebody else's edits; empty if it can."""
+    now = now or snapshot(gm)
+    return [*_node_conflicts(delta, now), *_state_conflicts(delta, now)]
+
+
+def _node_conflicts(delta: Delta, now: Snapshot) -> Iterable[str]:
+    born = {k for k, (a, _) in delta.nodes.items() if a is None}
+    for key, (before, after) in delta.nodes.items():
+        present = now.record(key)
+        if before is None and present is not None:
+            yield f"the name {key} is taken"
+        elif before is not None and present is None:
+            yield f"{key} is gone"
+        elif before is not None and not before.same(present):
+            yield f"{key} changed"
+        for name in after.refs() if after is not None else ():
+            if (read := node_key(graph_of(key), name)) not in now.raw and read not in born:
+                yield f"{read}, which {key} reads, is gone"
+            elif delta.nodes.get(read, (None, True))[1] is None:
+                yield f"{read}, which {key} reads, goes"
+        if after is None and present is not None:
+            users = (node_key(graph_of(key), now.name(u)) for u in now.raw[key][0].users)
+            yield from (f"{u} reads {key}" for u in users if u not in delta.nodes)
+
+
+def _state_conflicts(delta: Delta, now: Snapshot) -> Iterable[str]:
+    for path, (before, after) in delta.slots.items():
+        slot, owner = now.slots.get(path), path.rpartition(".")[0]
+        if before is None and slot is not None:
+            yield f"{path} exists already"
+        elif before is not None and (slot is None or slot.value is not before.value):
+            yield f"{path} was replaced"
+        elif after is not None and owner not in now.entries and owner not in delta.slots:
+            yield f"{owner}, which holds {path}, is gone"
+    for (module, name), (held, _) in delta.attributes.items():
+        if held is not None and not held.same(now.attributes.get((module, name))):
+            yield f"{module}.{name}".lstrip(".") + " changed"
+    for path, (codegen, _) in delta.codegens.items():
+        if path in now.codegens and not same_codegen(now.codegens[path], codegen):
+            yield f"the signature of {path or 'the graph'} changed"
+
+
+def edited(delta: Delta, now: Snapshot) -> list[str]:
+    """The paths of parameters and buffers on the 'before' side of ``delta`` that were written to since."""
+    return [
+        path
+        for path, (slot, after) in delta.slots.items()
+        if slot is not None
+        and isinstance(slot.value, torch.Tensor)
+        and (after is None or after.value is not slot.value)
+        and (held := now.slots.get(path)) is not None
+        and held.value is slot.value
+        and not slot.same(held)
+    ]
+
+
+def apply(gm: GraphModule, delta: Delta) -> None:
+    """Bring ``gm`` from the 'before' of ``delta`` to its 'after'; ask `conflicts` first."""
+    _apply_state(gm, delta)
+    by_graph: dict[str, dict[str, tuple[Record | None, Record | None]]] = {}
+    metas: dict[str, dict[str, Pair]] = {}
+    users: dict[str, dict[str, tuple[str, ...]]] = {}
+    for found, keyed in ((by_graph, delta.nodes), (metas, delta.metas)):
+        for key, pair in keyed.items():
+            found.setdefault(graph_of(key), {})[key.rpartition("::")[2]] = pair
+    for key, (_, after) in delta.users.items():
+        users.setdefault(graph_of(key), {})[key.rpartition("::")[2]] = after
+    for path, inner in graphs(gm).items():
+        graph, local = inner.graph, by_graph.get(path, {})
+        if local or path in metas or path in delta.orders or path in users:
+            _apply_nodes(
+                graph, local, metas.get(path, {}), delta.orders.get(path, ((), ()))[1], f"{path}::" * bool(path)
+            )
+            _arrange_users(graph, users.get(path, {}))
+        if path in delta.used:
+            _apply_used(graph, *delta.used[path])
+        if path in delta.codegens:
+            codegen = delta.codegens[path][1]
+            graph._codegen = codegen.value
+            _refill(vars(codegen.value), codegen.content)
+
+
+def _apply_nodes(
+    graph: Graph,
+    changes: dict[str, tuple[Record | None, Record | None]],
+    metas: dict[str, Pair],
+    order: tuple[str, ...],
+    prefix: str,
+) -> None:
+    nodes = {n.name: n for n in graph.nodes}
+    born = {name for name, (before, _) in changes.items() if before is None}
+    counts = dict(graph._graph_namespace._base_count)
+    for name, (before, after) in changes.items():
+        if before is None and after is not None:
+            nodes[name] = _create(graph, name, after)
+    graph._graph_namespace._base_count = counts
+    for name, (_, after) in changes.items():
+        if after is None:
+            nodes[name].args, nodes[name].kwargs = (), {}
+            continue
+        node = nodes[name]
+        if node.op != after.op:
+            node.op = after.op
+        if node.target is not after.target:
+            node.target = after.target
+        node.type = after.type
+        node.args, node.kwargs = by_node(after.args, nodes), by_node(after.kwargs, nodes)
+    for name in [n for n, (_, after) in changes.items() if after is None]:
+        node = nodes.pop(name)
+        graph.erase_node(node)
+        graph._graph_namespace._obj_to_name.pop(node, None)
+    for name, (old, new) in metas.items():
+        if new is not None and name in nodes:
+            _apply_meta(nodes[name].meta, old or {}, new)
+    if order or changes:
+        _arrange(graph, [k[len(prefix) :] for k in order], born)
+
+
+def _create(graph: Graph, name: str, record: Record) -> Node:
+    with graph.inserting_before(graph._root):  # at the end
+        node = graph.create_node(record.op, record.target, (), {})
+    space = graph._graph_namespace
+    space._used_names.discard(node.name)
+    node.name = name
+    space._used_names.add(name)
+    space._obj_to_name[node] = name
+    return node
+
+
+def _apply_meta(meta: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Change what differs between ``old`` and ``new``; what somebody else wrote there since stays."""
+    if same_meta(meta, old):
+        meta.clear()
+        meta.update(new)
+        return
+    for key in old.keys() | new.keys():
+        if key == MARKS:
+            _apply_marks(meta, old.get(key, ()), new.get(key, ()))
+        elif key in old and key in new and (old[key] is new[key] or same(old[key], new[key])):
+            continue
+        elif (key in meta) == (key in old) and (key not in old or meta[key] is old[key] or same(meta[key], old[key])):
+            if key in new:
+                meta[key] = new[key]
+            else:
+                del meta[key]
+
+
+def _apply_marks(meta: dict[str, Any], old: tuple[str, ...], new: tuple[str, ...]) -> None:
+    marks = (*(m for m in meta.get(MARKS, ()) if m not in old or m in new), *(m for m in new if m not in old))
+    marks = tuple(dict.fromkeys(marks))
+    if marks:
+        meta[MARKS] = marks
+    else:
+        meta.pop(MARKS, None)
+
+
+def _arrange_users(graph: Graph, wanted: Mapping[str, tuple[str, ...]]) -> None:
+    """Let the nodes list their users in the order ``wanted``: passes that walk users then do the same again."""
+    if not wanted:
+        return
+    for node in graph.nodes:
+        order = wanted.get(node.name)
+        if order is None or len(node.users) < 2:
+            continue
+        rank = {name: i for i, name in enumerate(order)}
+        users = sorted(node.users, key=lambda u: rank.get(u.name, len(rank)))  # stable: strangers stay last
+        node.users.clear()
+        node.users.update(dict.fromkeys(users))
+
+
+def _apply_used(graph: Graph, added: frozenset[str], removed: frozenset[str], counts: dict[str, Pair]) -> None:
+    """Put back which names were handed out, so that what is created next gets the name it would have got."""
+    space = graph._graph_namespace
+    space._used_names |= added
+    space._used_names -= removed
+    space._used_names |= {n.name for n in graph.nodes}
+    for base, (_, count) in counts.items():
+        if count is None:
+            space._base_count.pop(base, None)
+        else:
+            space._base_count[base] = count
+
+
+def _arrange(graph: Graph, wanted: list[str], born: set[str]) -> None:
+    """
+    Put the nodes in the order ``wanted``.
+
+    Nodes that it does not know stay behind the node they stand behind now.  Where that is no topological order any
+    more, the topological order nearest to it is taken.
+    """
+    current = [n for n in graph.nodes if n.name not in born]
+    nodes = {n.name: n for n in graph.nodes}
+    if not wanted:
+        wanted = [n.name for n in current] + [n for n in nodes if n in born]
+    known = {n for n in wanted if n in nodes}
+    order = [nodes[n] for n in wanted if n in known]
+    if len(known) != len(nodes):
+        behind: dict[str | None, list[Node]] = {}
+        anchor: str | None = None
+        for node in current:
+            if node.name in known:
+                anchor = node.name
+            else:
+                behind.setdefault(anchor, []).append(node)
+        order = [*behind.get(None, ()), *(m for n in order for m in (n, *behind.get(n.name, ())))]
+    order = _topological(order)
+    cursor = graph._root._next
+    for node in order:
+        if node is cursor:
+            cursor = cursor._next
+        else:
+            cursor.prepend(node)
+
+
+def _topological(order: list[Node]) -> list[Node]:
+    """``order`` itself if every node follows its inputs, else the nearest order that does."""
+    rank = {n: i for i, n in enumerate(order)}
+    if all(rank[i] < r for n, r in rank.items() for i in n.all_input_nodes):
+        output_last = not order or order[-1].op == "output" or all(n.op != "output" for n in order)
+        if output_last:
+            return order
+    for n in order:
+        if n.op == "output":
+            rank[n] = len(order)
+    waiting = {n: len(n.all_input_nodes) for n in order}
+    ready = [(rank[n], n.name, n) for n in order if not waiting[n]]
+    heapq.heapify(ready)
+    found = []
+    while ready:
+        _, _, node = heapq.heappop(ready)
+        found.append(node)
+        for user in node.users:
+            waiting[user] -= 1
+            if not waiting[user]:
+                heapq.heappush(ready, (rank[user], user.name, user))
+    return found
+
+
+def _apply_state(gm: GraphModule, delta: Delta) -> None:
+    for path in sorted(delta.slots):  # a module before what it holds
+        after = delta.slots[path][1]
+        if after is None:
+            _remove(gm, path)
+        else:
+            _put(gm, path, after)
+    for (module_path, name), (_, held) in delta.attributes.items():
+        module = _module(gm, module_path)
+        if module is None:
+            continue
+        if held is None:
+            _drop_attribute(module, name)
+            continue
+        module.__dict__[name] = held.value
+        if held.content is not None:
+            _refill(held.value, held.content)
+    for path, (_, entries) in delta.entries.items():
+        module = _module(gm, path)
+        if module is not None and entries is not None:
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+            for store, order in zip(stores, entries, strict=True):
+                _reorder(store, order)
+
+
+def _drop_attribute(module: nn.Module, name: str) -> None:
+    value = module.__dict__.get(name)
+    if isinstance(value, dict) and name.startswith("_"):  # one of nn.Module's own tables of hooks: empty, never absent
+        value.clear()
+    else:
+        module.__dict__.pop(name, None)
+
+
+def _module(gm: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = gm
+    for name in path.split(".") if path else ():
+        found = found._modules.get(name) if found is not None else None
+    return found
+
+
+def _remove(gm: GraphModule, path: str) -> None:
+    owner, _, name = path.rpartition(".")
+    module = _module(gm, owner)
+    if module is None:  # it went with its owner
+        return
+    for store in (module._parameters, module._buffers, module._modules):
+        store.pop(name, None)
+    module._non_persistent_buffers_set.discard(name)
+
+
+def _put(gm: GraphModule, path: str, slot: Slot) -> None:
+    """Let ``slot`` stand at ``path``, in the place that an entry of its kind has there now, else at the end."""
+    owner, _, name = path.rpartition(".")
+    module = _module(gm, owner)
+    if module is None:
+        raise AssertionError(f"{path} has no owner")
+    stores: dict[str, dict[str, Any]] = {
+        "parameter": module._parameters,
+        "buffer": module._buffers,
+        "module": module._modules,
+    }
+    for kind, store in stores.items():
+        if kind != slot.kind:
+            store.pop(name, None)
+    stores[slot.kind][name] = slot.value
+    module._non_persistent_buffers_set.discard(name)
+    if slot.kind == "buffer" and not slot.persistent:
+        module._non_persistent_buffers_set.add(name)
+    module.__dict__.pop(name, None)
+
+
+def _reorder(store: dict[str, Any], order: tuple[str, ...]) -> None:
+    wanted = [n for n in order if n in store]
+    if list(store)[: len(wanted)] == wanted:
+        return
+    for name in [*wanted, *(n for n in list(store) if n not in order)]:
+        store[name] = store.pop(name)
+
+
+def _refill(container: Any, content: Any) -> None:
+    if same_container(container, content):
+        return
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+# --- small edits ---------------------------------------------------------------------------------------------------
+
+
+def touched_nodes(gm: GraphModule, delta: Delta) -> Iterable[tuple[str, Node]]:
+    """The nodes of ``gm`` that ``delta`` created or changed, by key."""
+    wanted: dict[str, set[str]] = {}
+    for key, (_, after) in delta.nodes.items():
+        if after is not None:
+            wanted.setdefault(graph_of(key), set()).add(key)
+    for path, inner in graphs(gm).items() if wanted else ():
+        keys = wanted.get(path, ())
+        yield from ((k, n) for n in inner.graph.nodes if (k := node_key(path, n.name)) in keys)
+
+
+def put_slot(gm: GraphModule, path: str, slot: Slot) -> None:
+    """Put ``slot`` at ``path``, in the place that the entry has now."""
+    _put(gm, path, slot)
+
+
+def replace_tensor(gm: GraphModule, path: str, value: torch.Tensor) -> None:
+    """Put ``value`` in place of the parameter or buffer at ``path``, which keeps its kind, under every tied path."""
+    slots = state(gm)[0]
+    old = slots[path]
+    if old.kind == "parameter":
+        value = nn.Parameter(value.detach(), requires_grad=old.value.requires_grad)
+    for tied, slot in slots.items():
+        if slot.value is old.value:
+            _put(gm, tied, dataclasses.replace(slot, value=value))
