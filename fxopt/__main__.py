@@ -1,0 +1,5 @@
+"""``python -m fxopt``."""
+
+from fxopt.cli import main
+
+main()

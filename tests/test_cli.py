@@ -1,0 +1,128 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fxopt
+from fxopt import cli
+from fxopt.catalogue import catalogue
+from fxopt.models import names
+
+TINY = ("optimize", "bert-base-tiny", "--max-length", "12", "--passes", "EliminateDropout,ChangeTrueDivToMulByInverse")
+
+
+@pytest.fixture
+def fxopt_(monkeypatch, capsys):
+    """Run the command line in this process; gives the exit code, what it printed, and its errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fxopt", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        else:
+            code = 0
+        said = capsys.readouterr()
+        return code or 0, said.out, said.err
+
+    return run
+
+
+def test_optimize_prints_saves_and_undoes(fxopt_, tmp_path):
+    folder, table = tmp_path / "saved", tmp_path / "table.json"
+    code, out, err = fxopt_(*TINY, "--no-benchmark", "--save", folder, "--json", table)
+    assert code == 0, err
+    assert "EliminateDropout" in out and "same as eager" in out
+    saved = json.loads(table.read_text())
+    assert [s["rewrites"] for s in saved["graphs"]["forward"]["steps"]] == [4, 0]
+    assert saved["verification"]["ok"] and not saved["fallbacks"]
+
+    code, out, _ = fxopt_("log", folder, "--rewrites")
+    assert code == 0 and "EliminateDropout()" in out and out.count("#") >= 4
+    rewrite = json.loads((folder / "fxopt.json").read_text())["graphs"]["forward"][0]["rewrites"][0]
+    code, out, err = fxopt_("undo", folder, "EliminateDropout", "--rewrite", rewrite)
+    assert code == 0 and rewrite in out, err
+    code, out, err = fxopt_("undo", folder, "0")
+    assert code == 0 and "undone: EliminateDropout()" in out, err
+    assert "EliminateDropout" not in fxopt_("log", folder)[1]
+    code, _, err = fxopt_("undo", folder, "EliminateDropout")
+    assert code == 2 and "is not in the history, which holds ChangeTrueDivToMulByInverse()" in err
+
+
+def test_every_step_is_timed(fxopt_, tmp_path):
+    arguments = ("optimize", "mlp-tiny", "--passes", "EliminateDropout", "--num-runs", 6, "--warmup", 1)
+    code, out, err = fxopt_(*arguments, "--json", tmp_path / "table.json")
+    assert code == 0 and "× eager" in out, err
+    assert json.loads((tmp_path / "table.json").read_text())["latency"]["ratio"] > 0
+
+
+def test_a_saved_folder_is_a_transformers_folder_too(fxopt_, tmp_path):
+    from transformers import AutoModel
+
+    assert fxopt_(*TINY, "--no-benchmark", "--save", tmp_path / "saved")[0] == 0
+    model, loaded = AutoModel.from_pretrained(tmp_path / "saved").eval(), fxopt.load(tmp_path / "saved")
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6) + 5}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+    assert type(loaded) is type(model)
+
+
+def test_models_and_passes_are_listed(fxopt_):
+    _, out, _ = fxopt_("models")
+    assert all(name in out for name in names() if not name.endswith("-tiny"))
+    _, out, _ = fxopt_("passes")
+    assert all(name in out for name in catalogue()) and "dropout(x, training=False)  ->  x" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (("optimize", "bert-base-uncased"), "built-in 'bert-base'"),
+        (("optimize", "./nowhere"), "there is no folder './nowhere'"),
+        (("optimize", "mlp-tiny", "--passes", "Fuse"), "no pass is called 'Fuse'"),
+        (("optimize", "mlp-tiny", "--dtype", "int3"), "--dtype int3 is not known"),
+        (("optimize", "mlp-tiny", "--device", "tpu9"), "--device tpu9 is no device"),
+        (("optimize", "mlp-tiny", "--text", "hello"), "mlp-tiny has no tokenizer"),
+        (("optimize", "mlp-tiny", "--save", __file__), "is a file, expected a folder"),
+        (("optimize", "mlp-tiny", "--json", "/no/such/folder/x.json"), "cannot be written"),
+        (("log", "/no/such/folder"), "is no folder"),
+        (("undo", "/no/such/folder", "X"), "is no folder"),
+    ),
+)
+def test_wrong_usage_is_one_line_and_exit_2(fxopt_, arguments, message):
+    code, out, err = fxopt_(*arguments)
+    assert code == 2 and message in err and not out
+    assert err.startswith("fxopt: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", (("optimize",), ("optimize", "mlp-tiny", "--num-runs", "0"), ("explode",)))
+def test_wrong_options_exit_2(fxopt_, arguments):
+    assert fxopt_(*arguments)[0] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here, so asking for one is no error")
+def test_no_cuda_is_one_line(fxopt_):
+    code, _, err = fxopt_("optimize", "mlp-tiny", "--device", "cuda")
+    assert code == 2 and "torch sees no CUDA device" in err
+
+
+def test_a_failed_verification_is_exit_1(fxopt_, monkeypatch):
+    from fxopt.transformations import EliminateDropout
+
+    def wrong(self, graph_module):
+        for node in list(graph_module.graph.nodes):
+            if node.target is torch.ops.aten.gelu.default:
+                node.kwargs = {"approximate": "tanh"}
+
+    monkeypatch.setattr(EliminateDropout, "transform", wrong)
+    code, out, _ = fxopt_(*TINY, "--no-benchmark", "--rtol", "0", "--atol", "0")
+    assert code == 1 and "undone" in out
+    assert "by its rewrite EliminateDropout()@" in " ".join(out.split())
+
+
+def test_the_script_is_installed():
+    done = subprocess.run([sys.executable, "-m", "fxopt", "models"], capture_output=True, text=True, check=True)
+    assert "bert-base" in done.stdout
