@@ -155,10 +155,10 @@ class Rewrite(ReversibleTransformation):
     preserves_computation = True
 
     @abstractmethod
-    def rewrite(self, at: Site, **bindings: Any) -> Node:
+    def rewrite(self, at: Site, *_: Any, **bindings: Any) -> Node:
         """The node that takes the root's place; ``bindings`` are the pattern's variables, by name."""
 
-    def check(self, at: Site, **bindings: Any) -> str | None:
+    def check(self, at: Site, *_: Any, **bindings: Any) -> str | None:
         """Why a match is not to be rewritten, for what a pattern cannot say; None if it is."""
         return None
 
