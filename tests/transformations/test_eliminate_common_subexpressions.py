@@ -48,7 +48,9 @@ def test_parameters_read_by_several_nodes_are_one_value():
     def forward(self, x):
         return F.linear(x, self.fc.weight) + F.linear(x, self.fc.weight)
 
-    rewrites(CSE, Net(forward, fc=nn.Linear(4, 4, bias=False)), X, "%0 = linear(x, fc.weight)\n%1 = add(%0, %0)\nreturn %1")
+    rewrites(
+        CSE, Net(forward, fc=nn.Linear(4, 4, bias=False)), X, "%0 = linear(x, fc.weight)\n%1 = add(%0, %0)\nreturn %1"
+    )
 
 
 def test_views_and_numbers():
@@ -196,7 +198,9 @@ def test_graphs_inside_the_graph():
         def is_leaf_module(self, m, module_qualified_name):
             return isinstance(m, torch.fx.GraphModule)
 
-    outer = Net(lambda self, x: self.inner(x) + self.inner(x), inner=symbolic_trace(Net(lambda self, x: x.cos() * x.cos())))
+    outer = Net(
+        lambda self, x: self.inner(x) + self.inner(x), inner=symbolic_trace(Net(lambda self, x: x.cos() * x.cos()))
+    )
     gm = torch.fx.GraphModule(outer, Leaf().trace(outer))
     expected = gm(*X)
     CSE(gm)
