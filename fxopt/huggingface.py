@@ -236,6 +236,7 @@ class Dispatch:
         self.__signature__ = inspect.signature(module.forward)
         self._names = positional_names(module)
         self._own = module.__dict__.get("forward")
+        self._last = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module's own forward returns for these inputs."""
@@ -270,10 +271,12 @@ class Dispatch:
         if tensors and torch.is_autocast_enabled(tensors[0].device.type):
             return "autocast is on"
         reasons = {}
-        for graph in self.graphs:
+        # the last used first: a decode step follows a decode step
+        for graph in sorted(self.graphs, key=lambda g: g.name != self._last):
             inputs = _completed(given, graph.guard.names)
             refused = graph.guard.refuses(inputs)
             if refused is None:
+                self._last = graph.name
                 return graph, inputs
             reasons[len(set(inputs) ^ set(graph.guard.names))] = f"{graph.name} is not for {refused}"
         return reasons[min(reasons)]
@@ -418,6 +421,8 @@ def _graphs(
     for call in calls:
         kinds.setdefault(call.signature(), []).append(call)
     names = _titles(title, len(kinds))
+    if len(kinds) > len(names):
+        state.note(f"{title}: {len(kinds) - len(names)} further kinds of call, each with another cache or other inputs")
     for name, group in zip(names, kinds.values(), strict=False):
         call = max(group, key=lambda c: sum(size > 1 for t in c.tensors() for size in t.shape))
         try:
@@ -429,8 +434,8 @@ def _graphs(
             state.note(f"{name}: it writes into a cache that it does not return")
             continue
         expected = [each.into(module) for each in group]
+        guard = Guard(gm, call)  # of the captured graph: a pass may remove its guards
         gm = _applied(apply, gm, name, call, state)
-        guard = Guard(gm, call)
         for each, before in zip(group, expected, strict=True):
             if guard.refuses(dict(zip(each.names, each.values, strict=True))) is None:
                 wrong = difference(before, each.into(gm))
