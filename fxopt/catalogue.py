@@ -13,6 +13,7 @@ from typing import Any
 
 from fxopt import transformations
 from fxopt.errors import StoreError, UsageError
+from fxopt.kernels import pays
 from fxopt.transformation import Transformation
 
 
@@ -24,6 +25,61 @@ def catalogue() -> dict[str, type[Transformation]]:
         if inspect.isclass(member) and issubclass(member, Transformation) and not inspect.isabstract(member):
             found[name] = member
     return found
+
+
+# The order matters: first what tidies the graph, then algebra on weights, then fusions, and packed weights last, since
+# nothing reads them any more.
+_DEFAULT: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("MakeOutOfPlace", {}),
+    ("EliminateDropout", {}),
+    ("EliminateNoOps", {"asserts": True}),
+    ("FoldConstants", {}),
+    ("EliminateCommonSubexpressions", {}),
+    ("EliminateDeadNodes", {}),
+    ("FuseBatchNorm2dInConv2d", {}),
+    ("FuseBatchNorm1dInLinear", {}),
+    ("FuseBiasInLinear", {}),
+    ("ChangeTrueDivToMulByInverse", {}),
+    ("FuseAttention", {}),
+    ("FoldAttentionScale", {}),
+    ("FuseTanhGELU", {}),
+    ("FuseRMSNorm", {}),
+    ("FuseAddLayerNorm", {}),
+    ("FuseLayerNormLinearLayerNorm", {}),
+    ("MergeGateUp", {}),
+    ("FuseSwiGLU", {}),
+    ("MergeLinears", {}),
+    ("FuseConvReLU", {}),
+    ("FuseLinearReLU", {}),
+    ("FuseLinearGELU", {}),
+    ("EliminateDeadNodes", {}),
+    ("ReorderNodes", {}),
+    ("PackWeights", {}),
+)
+# The operator that a fusion introduces: where `fxopt.kernels.pays` says no, the fusion is left out.
+_INTRODUCES = {
+    "FuseRMSNorm": "rms_norm",
+    "FuseAddLayerNorm": "add_layer_norm",
+    "FuseLayerNormLinearLayerNorm": "layer_norm_linear_layer_norm",
+    "MergeGateUp": "swiglu_packed",
+    "FuseSwiGLU": "swiglu",
+    "FuseConvReLU": "conv_relu",
+    "FuseLinearReLU": "linear_relu",
+    "FuseLinearGELU": "linear_gelu",
+}
+_CPU_ONLY = frozenset({"PackWeights"})
+
+
+def default(device_type: str) -> list[Transformation]:
+    """The default pipeline on "cpu" or "cuda": what preserves the computation and never loses there."""
+    known = catalogue()
+    return [
+        known[name](**options)
+        for name, options in _DEFAULT
+        if name in known
+        and (name not in _INTRODUCES or pays(_INTRODUCES[name], device_type))
+        and (name not in _CPU_ONLY or device_type == "cpu")
+    ]
 
 
 def equation(kind: type[Transformation]) -> str:
@@ -111,7 +167,9 @@ def from_json(saved: dict[str, Any]) -> Transformation:
         for part in name.split("."):
             kind = getattr(kind, part)
     except (ImportError, AttributeError) as error:
-        raise StoreError(f"{saved['class']} cannot be imported ({error}); make it importable, then load again") from error
+        raise StoreError(
+            f"{saved['class']} cannot be imported ({error}); make it importable, then load again"
+        ) from error
     if not (inspect.isclass(kind) and issubclass(kind, Transformation)):
         raise StoreError(f"{saved['class']} is no fxopt transformation; the journal is damaged or from elsewhere")
     options = dict(_tuples(kind, saved["options"]))

@@ -47,13 +47,17 @@ def main() -> None:
 def optimize(
     model: Annotated[str, typer.Argument(help="A built-in name (see `fxopt models`), a local folder, or a hub name.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    passes: Annotated[str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`).")] = "default",
+    passes: Annotated[
+        str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`).")
+    ] = "default",
     num_runs: Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds run before timing.")] = 3,
     text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")
+    ] = None,
     rtol: Annotated[float | None, typer.Option(min=0, help="Relative tolerance of the verification.")] = None,
     atol: Annotated[float | None, typer.Option(min=0, help="Absolute tolerance of the verification.")] = None,
     benchmark: Annotated[bool, typer.Option(help="Time every step.")] = True,
@@ -116,7 +120,9 @@ def log(
         table = Table("#", "transformation", "rewrites", "undone", title=name or None, title_justify="left")
         for i, entry in enumerate(entries):
             ids = entry["rewrites"]
-            table.add_row(str(i), entry["signature"], str(len(ids)) if ids else "did nothing", str(len(entry["undone"]) or ""))
+            table.add_row(
+                str(i), entry["signature"], str(len(ids)) if ids else "did nothing", str(len(entry["undone"]) or "")
+            )
             for rewrite in ids if rewrites else ():
                 table.add_row("", f"  {rewrite}", "", "undone" if rewrite in entry["undone"] else "", style="dim")
         out.print(table)
@@ -125,8 +131,12 @@ def log(
 @app.command()
 def undo(
     directory: Annotated[Path, typer.Argument(help="A folder that `fxopt optimize --save` wrote.")],
-    what: Annotated[str, typer.Argument(help="The signature or the name of a transformation, or its number in the log.")],
-    rewrite: Annotated[str | None, typer.Option(help="Undo this one rewrite of it (see `fxopt log --rewrites`).")] = None,
+    what: Annotated[
+        str, typer.Argument(help="The signature or the name of a transformation, or its number in the log.")
+    ],
+    rewrite: Annotated[
+        str | None, typer.Option(help="Undo this one rewrite of it (see `fxopt log --rewrites`).")
+    ] = None,
     graph: Annotated[str | None, typer.Option(help="Only in this graph, where the result has several.")] = None,
 ) -> None:
     """Undo one transformation of a saved result, whole or one rewrite, and save again."""
@@ -141,7 +151,9 @@ def _check_writable(save: Path | None, json_: Path | None) -> None:
     if save is not None and save.exists() and not save.is_dir():
         raise UsageError(f"--save {save} is a file, expected a folder; give another path")
     if json_ is not None and (json_.is_dir() or not json_.resolve().parent.is_dir()):
-        raise UsageError(f"--json {json_} cannot be written: it is a folder or its folder does not exist; give a file name")
+        raise UsageError(
+            f"--json {json_} cannot be written: it is a folder or its folder does not exist; give a file name"
+        )
 
 
 def write_aside(path: Path, text: str) -> None:
@@ -154,4 +166,3 @@ def write_aside(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(name)
         raise
-

@@ -274,7 +274,9 @@ class Pipeline(ReversibleTransformation):
             if self.on_failure == "raise":
                 raise VerificationError(f"{t.signature}: {verification.summary}{guilty}")
             done.reverse()
-            return Step(t, rewrites, (nodes, nodes), seconds, False, f"undone: {verification.summary}{guilty}", verification)
+            return Step(
+                t, rewrites, (nodes, nodes), seconds, False, f"undone: {verification.summary}{guilty}", verification
+            )
         in_sequence, alone = questions.time(before, gm, t)
         step = Step(t, rewrites, (nodes, _count(gm)), seconds, True, "", verification, in_sequence, alone)
         if self.on_regression == "undo" and in_sequence is not None and in_sequence.verdict == "slower":
@@ -400,7 +402,9 @@ def adopt(transformation: Any) -> Transformation:
     if isinstance(transformation, Transformation):
         return transformation
     if isinstance(transformation, type):
-        raise UsageError(f"compose was given the class {transformation.__name__}; give an instance, {transformation.__name__}()")
+        raise UsageError(
+            f"compose was given the class {transformation.__name__}; give an instance, {transformation.__name__}()"
+        )
     if callable(getattr(transformation, "transform", None)) or callable(transformation):
         return Foreign(transformation)
     raise UsageError(f"compose was given {transformation!r}, expected transformations or functions of a graph module")
@@ -483,5 +487,3 @@ class Repeated(Pipeline):
                 if not steps[-1].rewrites:
                     break
         return Result(gm, tuple(steps))
-
-

@@ -125,7 +125,14 @@ def optimize(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     steps = default_passes(device) if passes == "default" else catalogue.parse(passes)
     pipeline = compose(
-        *steps, verify=True, benchmark=benchmarked, on_failure="undo", rtol=rtol, atol=atol, rounds=rounds, warmup=warmup
+        *steps,
+        verify=True,
+        benchmark=benchmarked,
+        on_failure="undo",
+        rtol=rtol,
+        atol=atol,
+        rounds=rounds,
+        warmup=warmup,
     )
     pipeline.show = False if show is None else show
     result = optimize_model(model, pipeline, dict(given))

@@ -94,7 +94,7 @@ def passes(pipeline: str | Apply | None, device: torch.device) -> Apply:
 
 def default_passes(device: torch.device) -> list[Transformation]:
     """The passes of the default pipeline on `device`."""
-    return [kind() for kind in catalogue.catalogue().values() if kind.preserves_computation]
+    return catalogue.default(device.type)
 
 
 # ------------------------------------------------------------------------------------------------ the result's state

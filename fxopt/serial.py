@@ -108,7 +108,9 @@ def _module_from_json(saved: Json, tensors: dict[str, torch.Tensor], made: dict[
         module = nn.Module()
     else:
         kind = find(saved["class"])
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__.startswith("torch.nn.modules")):
+        if not (
+            isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__.startswith("torch.nn.modules")
+        ):
             raise StoreError(f"{saved['class']} is no module of torch.nn; the file is damaged or from elsewhere")
         module = kind.__new__(kind)
         nn.Module.__init__(module)
@@ -145,7 +147,11 @@ def _put_state(module: nn.Module, entry: Json, tensors: dict[str, torch.Tensor],
 def _graph_module(holder: nn.Module, saved: Json) -> GraphModule:
     graph = _graph_from_json(saved)
     gm = GraphModule(holder, graph)
-    for store, own in ((holder._parameters, gm._parameters), (holder._buffers, gm._buffers), (holder._modules, gm._modules)):
+    for store, own in (
+        (holder._parameters, gm._parameters),
+        (holder._buffers, gm._buffers),
+        (holder._modules, gm._modules),
+    ):
         own.clear()  # all of them, in their order, not only those that nodes read
         own.update(store)  # type: ignore[arg-type]
     gm._non_persistent_buffers_set = set(holder._non_persistent_buffers_set)

@@ -87,7 +87,9 @@ def _save_graph(gm: GraphModule, folder: Path) -> None:
 def _only(state: Optimized) -> GraphModule:
     graphs = list(state.graphs.values())
     if len(graphs) != 1:
-        raise StoreError(f"the model has {len(graphs)} graphs and no config; save one: fxopt.save(model.fxopt.graphs[…])")
+        raise StoreError(
+            f"the model has {len(graphs)} graphs and no config; save one: fxopt.save(model.fxopt.graphs[…])"
+        )
     return graphs[0]
 
 
