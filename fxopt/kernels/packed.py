@@ -37,6 +37,9 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 MAX_LAYOUTS = 4
 """Packed copies kept of one weight: a convolution's best layout depends on its input's size. Others run plain."""
 
+_CALLS_TO_PACK, _CALLS_TO_REPLACE = 2, 8
+"""Calls with one input size until a weight is packed for it; and until that copy takes the place of the oldest one."""
+
 _SAMPLE = 64
 """Elements compared at each call, to notice writes through `.data`, which leave the version counter alone."""
 
@@ -53,7 +56,8 @@ class _Entry:
     address: int
     view: Tensor  # some elements of the weight, shared
     sample: Tensor  # the same elements, as they were
-    layouts: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)  # None: asked for once
+    layouts: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # oldest first
+    asked: dict[tuple[int, ...], int] = field(default_factory=dict)  # calls without a packed copy
 
     def holds(self, weight: Tensor) -> bool:
         """Whether this entry is that of `weight`, as it is now."""
@@ -88,15 +92,21 @@ def _lookup(weight: Tensor, key: tuple[int, ...], pack: Callable[[], Tensor]) ->
     entry = _cache.get(id(weight))
     if entry is None or not entry.holds(weight):
         entry = _enter(weight)
-    layouts = entry.layouts
-    packed = layouts.get(key)
-    if packed is not None:
-        return packed
-    if key not in layouts:
-        if len(layouts) < MAX_LAYOUTS:
-            layouts[key] = None
+    packed = entry.layouts.get(key)
+    return _pack_on_repetition(entry, key, pack) if packed is None else packed
+
+
+def _pack_on_repetition(entry: _Entry, key: tuple[int, ...], pack: Callable[[], Tensor]) -> Tensor | None:
+    full = len(entry.layouts) >= MAX_LAYOUTS
+    calls = entry.asked.pop(key, 0) + 1
+    if calls < (_CALLS_TO_REPLACE if full else _CALLS_TO_PACK):
+        if len(entry.asked) >= 16 * MAX_LAYOUTS:  # sizes without end
+            entry.asked.clear()
+        entry.asked[key] = calls
         return None
-    packed = layouts[key] = pack()
+    if full:
+        entry.layouts.pop(next(iter(entry.layouts)))
+    packed = entry.layouts[key] = pack()
     return packed
 
 
@@ -111,7 +121,7 @@ def release(weight: Tensor | None = None) -> None:
 def packed_bytes(weight: Tensor | None = None) -> int:
     """The memory in bytes that the packed copies of `weight`, or of every weight, hold now, oneDNN's padding aside."""
     entries = list(_cache.values()) if weight is None else [e for e in [_cache.get(id(weight))] if e is not None]
-    return sum(p.numel() * p.element_size() for e in entries for p in e.layouts.values() if p is not None)
+    return sum(p.numel() * p.element_size() for e in entries for p in e.layouts.values())
 
 
 @functools.cache

@@ -163,15 +163,36 @@ def test_packed_copies_die_with_their_weight():
     assert packed.packed_bytes() == 0 and not packed._cache
 
 
-def test_a_convolution_keeps_a_few_layouts_and_then_runs_plain():
+def _sizes_packed(kernel):
+    return [key[2] for key in packed._cache[id(kernel)].layouts]
+
+
+def _convolve(kernel, size, calls):
+    x = torch.randn(1, 2, size, size)
+    for _ in range(calls):
+        y = conv(x, kernel, None, None, *PLAIN, "none")
+        torch.testing.assert_close(y, F.conv2d(x, kernel), rtol=1e-5, atol=1e-5)
+
+
+def test_a_convolution_keeps_a_few_layouts_and_replaces_them_slowly():
     kernel = torch.randn(4, 2, 3, 3)
-    for size in range(5, 5 + 2 * packed.MAX_LAYOUTS):
-        x = torch.randn(1, 2, size, size)
-        for _ in range(3):
-            torch.testing.assert_close(
-                conv(x, kernel, None, None, *PLAIN, "none"), F.conv2d(x, kernel), rtol=1e-5, atol=1e-5
-            )
+    for size in range(20, 120):
+        _convolve(kernel, size, 1)  # seen once: nothing is kept for them
+    assert packed.packed_bytes(kernel) == 0
+    for size in range(5, 5 + packed.MAX_LAYOUTS + 1):
+        _convolve(kernel, size, 3)
+    assert _sizes_packed(kernel) == [5, 6, 7, 8]
     assert packed.packed_bytes(kernel) == packed.MAX_LAYOUTS * kernel.numel() * 4
+    _convolve(kernel, 9, 5)
+    assert _sizes_packed(kernel) == [6, 7, 8, 9]
+
+
+def test_sizes_in_turn_are_all_packed():
+    kernel = torch.randn(4, 2, 3, 3)
+    for _ in range(2):
+        for size in (5, 6, 7):
+            _convolve(kernel, size, 1)
+    assert _sizes_packed(kernel) == [5, 6, 7]
 
 
 def test_rows_outside_of_the_range_run_plain_bitwise():

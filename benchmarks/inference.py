@@ -1,0 +1,162 @@
+"""How long inference takes after a pipeline, as a ratio to eager.
+
+    python benchmarks/inference.py [MODEL…] [--passes NAME,…] [--steps] [--batch-size N] [--length N] [--threads N]
+                                   [--seconds S] [--json FILE] [--check]
+
+Built-in models, float32 on the CPU, captured with dynamic batch and sequence. Eager, the capture as it is and the
+result of the pipeline (with `--steps`: after each pass) are timed in interleaved rounds in one process; the interval is
+that of the median ratio at 95 %. The error is the largest difference from eager in any output. `--check` exits with 1
+where a model misses its aim, or its error is above 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from fxopt import models
+from fxopt.benchmark import Comparison, benchmark_many
+from fxopt.capture import capture
+from fxopt.catalogue import parse
+from fxopt.delta import share
+from fxopt.history import history
+from fxopt.huggingface import default_passes
+from fxopt.inputs import example_inputs
+from fxopt.transformation import Transformation
+
+AIMS = {"bert-base": 0.88, "resnet50": 0.70}  # latency over that of eager, at batch 1, length 128, 2 threads
+LARGEST_ERROR = 1e-4
+MODELS = ("bert-base", "distilbert", "gpt2", "vit", "resnet18", "resnet50", "mlp", "gnn")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender: `ratio` to eager with its interval, worst error, rewrites of the last pass."""
+
+    model: str
+    contender: str
+    rewrites: int | None
+    error: float
+    comparison: Comparison
+
+    @property
+    def misses_aim(self) -> bool:
+        aim = AIMS.get(self.model)
+        too_slow = self.contender == "optimised" and aim is not None and self.comparison.ratio > aim
+        return too_slow or self.error > LARGEST_ERROR
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "contender": self.contender,
+            "rewrites": self.rewrites,
+            "error": self.error,
+            **self.comparison.to_json(),
+        }
+
+
+def contenders(
+    gm: GraphModule, passes: list[Transformation], steps: bool
+) -> Iterator[tuple[str, int | None, GraphModule]]:
+    """The capture, after each pass if `steps`, and the result; all hold the same tensors where they are the same."""
+    yield "captured", None, share(gm)
+    total = 0
+    for number, transformation in enumerate(passes, 1):
+        transformation(gm)
+        count = len(history(gm)[-1].rewrites)
+        total += count
+        if steps and count and number < len(passes):
+            yield f"{number} {transformation.signature}", count, share(gm)
+    yield "optimised", total, gm
+
+
+def error(expected: Any, actual: Any) -> float:
+    """The largest absolute difference between two outputs, by tensor in order."""
+    pairs = zip(_tensors(expected), _tensors(actual), strict=True)
+    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def measure(name: str, model: nn.Module, passes: list[Transformation], options: argparse.Namespace) -> list[Row]:
+    inputs = example_inputs(model, options.batch_size, options.length)
+    gm = capture(model, inputs)
+    rewrites: dict[str, int | None] = {}
+    graphs: dict[str, Any] = {}
+    for contender, count, graph in contenders(gm, passes, options.steps):
+        graphs[contender], rewrites[contender] = graph, count
+    with torch.no_grad():
+        expected = model(**inputs)
+        for graph in graphs.values():
+            for _ in range(2):  # packs what is to be packed
+                graph(**inputs)
+        errors = {contender: error(expected, graph(**inputs)) for contender, graph in graphs.items()}
+    timed = benchmark_many(
+        {"eager": model, **graphs}, inputs, max_time=options.seconds * (len(graphs) + 1), threads=options.threads
+    )
+    return [Row(name, c.b.name, rewrites[c.b.name], errors[c.b.name], c) for c in timed]
+
+
+def table(rows: list[Row], options: argparse.Namespace) -> Table:
+    shown = Table(
+        title=f"latency over eager, batch {options.batch_size}, {options.threads} threads", title_justify="left"
+    )
+    for column in ("model", "contender", "rewrites", "eager", "ratio", "95 %", "aim", "error"):
+        shown.add_column(column, justify="left" if column in ("model", "contender") else "right")
+    for row in rows:
+        low, high = row.comparison.interval
+        aim = AIMS.get(row.model) if row.contender == "optimised" else None
+        shown.add_row(
+            row.model,
+            row.contender,
+            "" if row.rewrites is None else str(row.rewrites),
+            f"{row.comparison.a.median * 1e3:.2f} ms",
+            f"{row.comparison.ratio:.3f}",
+            f"{low:.3f} – {high:.3f}",
+            "" if aim is None else f"{aim:.2f}",
+            f"{row.error:.1e}",
+            style="red" if row.misses_aim else "bold" if row.contender == "optimised" else None,
+        )
+    return shown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--passes", default="default", help="'default', or NAME,NAME(option=value),…")
+    parser.add_argument("--steps", action="store_true", help="time the graph after each pass that rewrites something")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each contender")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows: list[Row] = []
+    for name in options.models:
+        passes = default_passes(torch.device("cpu")) if options.passes == "default" else parse(options.passes)
+        found = measure(name, models.build(name), passes, options)
+        Console().print(table(found, options))
+        rows += found
+    if options.json is not None:
+        options.json.write_text(json.dumps([row.to_json() for row in rows], indent=1))
+    return int(options.check and any(row.misses_aim for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
