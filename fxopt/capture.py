@@ -218,7 +218,10 @@ class Guard:
     def refuses(self, given: Mapping[str, Any]) -> str | None:
         """Why the graph is not for these inputs (by name), or None if it is."""
         if given.keys() != set(self.names):
-            return f"inputs {', '.join(sorted(given))} instead of {', '.join(sorted(self.names))}"
+            unknown, missing = sorted(given.keys() - set(self.names)), sorted(set(self.names) - given.keys())
+            takes = f"it takes no {', '.join(unknown)}" if unknown else ""
+            needs = f"it needs {', '.join(missing)}" if missing else ""
+            return " and ".join(filter(None, (takes, needs)))
         leaves, structure = pytree.tree_flatten([given[name] for name in self.names])
         if structure != self._structure:
             return "inputs of another structure"

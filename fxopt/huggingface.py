@@ -278,7 +278,7 @@ class Dispatch:
             if refused is None:
                 self._last = graph.name
                 return graph, inputs
-            reasons[len(set(inputs) ^ set(graph.guard.names))] = f"{graph.name} is not for {refused}"
+            reasons[len(set(inputs) ^ set(graph.guard.names))] = f"{graph.name}: {refused}"
         return reasons[min(reasons)]
 
 

@@ -402,10 +402,12 @@ def _instead(name: str) -> str:
 def _from_pretrained(source: str, architectures: list[str] | None) -> nn.Module:
     import transformers
 
-    for architecture in architectures or ():
-        model_class = getattr(transformers, architecture, None)
-        if model_class is not None:
-            model: nn.Module = model_class.from_pretrained(source)
-            return model
-    automatic: nn.Module = transformers.AutoModel.from_pretrained(source)
-    return automatic
+    known = [getattr(transformers, name) for name in architectures or () if hasattr(transformers, name)]
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        model: nn.Module = (known[0] if known else transformers.AutoModel).from_pretrained(source)
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
+    return model
