@@ -231,16 +231,12 @@ class Sampler:
             chance=chance,
             padding=("right", "left", "none", "right")[number % 4],
             scale=(1.0, 0.01, 1.0, 8.0)[number % 4],
-            shrunk=self._shrunk(which, values),
+            sizes=tuple((axis.given, values[symbol]) for symbol, axis in self.axes.items()),
         )
         return self._filled(which, values, filling, f"drawn input set {number + 1}")
 
     def _as_given(self, which: int) -> dict[Symbol, int]:
         return {symbol: axis.given[which] for symbol, axis in self.axes.items()}
-
-    def _shrunk(self, which: int, values: Mapping[Symbol, int]) -> tuple[tuple[int, int], ...]:
-        pairs = ((axis.given[which], values[symbol]) for symbol, axis in self.axes.items())
-        return tuple((given, drawn) for given, drawn in pairs if drawn < given)
 
     def _choose(self, turn: int, which: int, chance: random.Random) -> dict[Symbol, int]:
         """A size for each symbol; symbols that were equal in every given set stay equal.
@@ -394,7 +390,7 @@ class _Filling:
     chance: random.Random
     padding: str
     scale: float
-    shrunk: tuple[tuple[int, int], ...]  # sizes that became smaller: given, drawn
+    sizes: tuple[tuple[tuple[int, ...], int], ...]  # what varies: in each given set, and here
     lengths: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # masks of one batch are padded alike
 
     def fill(self, name: str, example: Tensor, seen: Sequence[Tensor], shape: tuple[int, ...]) -> tuple[Tensor, str]:
@@ -433,9 +429,9 @@ class _Filling:
         if all(_is_arange(t) for t in seen) and shape:
             return (int(seen[0].flatten()[0]) + torch.arange(shape[-1])).expand(shape)
         low, high = min(int(t.min()) for t in seen), max(int(t.max()) for t in seen)
-        # Integers below a size may be places along it, which end sooner in a smaller tensor.
-        for given, drawn in self.shrunk:
-            if high < given:
+        # Integers that are below a size in every given set may be places along it.
+        for given, drawn in self.sizes:
+            if len(given) == len(seen) and all(int(t.max()) < size for t, size in zip(seen, given, strict=True)):
                 high = max(low, min(high, drawn - 1))
         return torch.randint(low, high + 1, shape, generator=self.generator)
 
