@@ -13,7 +13,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -46,26 +46,45 @@ class Attr:
         return self.path
 
 
+# What a call's positional and keyword arguments are, put as the target's signature has them; None: another operation's
+Arrange = Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[tuple[Any, ...], Mapping[str, Any]] | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Spelling:
     """One target that means an operation, with the operation's parameter behind each of its own positions."""
 
     target: Any
+    own: tuple[str, ...]  # its own parameters
     positions: tuple[tuple[str | None, Any], ...]  # (parameter of the operation, or None if ignored; own default)
     keywords: Mapping[str, str | None]  # own name -> parameter of the operation, or None if ignored
+    keyword_only: frozenset[str]  # own names
     fixed: Mapping[str, Any]
     inplace: bool
     variadic: str | None  # the parameter that takes all further positional arguments, as in x.view(2, 3)
     dialect: Dialect
     attributes: Callable[[nn.Module], dict[str, Any] | str] | None  # of a module; a string says why not
+    arrange: Arrange | None = None
+    must: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # own name -> the values that mean nothing
+    translate: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # name -> (own value, the operation's)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The arguments by the operation's names; None where the call says something the operation cannot."""
-        if self.variadic and (at := self._variadic_at()) is not None and len(args) > at:
-            if not isinstance(args[at], list | tuple):
-                args = (*args[:at], tuple(args[at:]))
-        if len(args) > len(self.positions):
+        if self.arrange is not None:
+            arranged = self.arrange(args, kwargs)
+            if arranged is None:
+                return None
+            args, kwargs = arranged
+        at = self._variadic_at()
+        if at is not None and len(args) > at and not isinstance(args[at], list | tuple):
+            args = (*args[:at], tuple(args[at:]))
+        if len(args) > len(self.own) - len(self.keyword_only):
             return None
+        if self.must:
+            spoken = {**dict(zip(self.own, args, strict=False)), **kwargs}
+            if any(n in spoken and not any(_same(spoken[n], v) for v in values) for n, values in self.must.items()):
+                return None
+            kwargs = {n: v for n, v in kwargs.items() if n not in self.must}
         bound = dict(self.fixed)
         said = {name for (name, _), _ in zip(self.positions, args, strict=False)}
         for (name, _), value in zip(self.positions, args, strict=False):
@@ -83,9 +102,38 @@ class Spelling:
             if default is REQUIRED:
                 return None
             bound.setdefault(name, default)
+        for name, (own_value, value) in self.translate.items():
+            if _same(bound.get(name), own_value):
+                bound[name] = value
         return bound
 
+    def say(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments that call the target with ``arguments``, its own defaults unsaid."""
+        positional: list[Any] = []
+        said: dict[str, Any] = {}
+        open_ = True
+        for own_name, (name, own_default) in zip(self.own, self.positions, strict=True):
+            if name is None and own_default is REQUIRED:
+                value = self.must[own_name][0]
+            elif name is None or name not in arguments:
+                open_ = False
+                continue
+            else:
+                value = arguments[name]
+            if name in self.translate and _same(value, self.translate[name][1]):
+                value = self.translate[name][0]
+            value = value if self.target is operator.getitem else _plain(value)
+            if own_default is not REQUIRED and _same(_frozen(value), own_default):
+                open_ = False
+            elif open_ and own_name not in self.keyword_only:
+                positional.append(value)
+            else:
+                said[own_name] = value
+        return tuple(positional), said
+
     def _variadic_at(self) -> int | None:
+        if not self.variadic:
+            return None
         return next((i for i, (name, _) in enumerate(self.positions) if name == self.variadic), None)
 
 
@@ -106,7 +154,8 @@ class Op:
 
     ``commutative``: the first two arguments may be swapped.  ``view``: the result may share memory with the first
     argument.  ``random``: draws from a generator (asked with the arguments).  ``writes``: the parameters that the
-    operation writes to besides what an in-place spelling writes (asked with the arguments).
+    operation writes to besides what an in-place spelling writes (asked with the arguments).  ``effect``: is there for
+    something else than its value, as an assertion is.
     """
 
     name: str
@@ -116,6 +165,7 @@ class Op:
     view: bool = False
     random: Callable[[Mapping[str, Any]], bool] | None = None
     writes: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    effect: bool = False
     normalize: Callable[[dict[str, Any]], None] | None = None
     build: Callable[..., nn.Module] | None = None  # a module from (arguments with tensors in place of paths)
 
@@ -139,41 +189,26 @@ class Op:
         return self.name
 
     def spelling(self, dialect: Dialect, arguments: Mapping[str, Any]) -> Spelling:
-        """The spelling to write ``arguments`` in: that of ``dialect``, or a function where it has none."""
-        candidates = [s for s in self.spellings if s.dialect != "module" and not isinstance(s.target, str)]
-        candidates = [s for s in candidates if not s.inplace and _says(s, self, arguments)]
-        wanted = "aten" if dialect == "aten" else "function"
-        ranked = sorted(candidates, key=lambda s: (s.dialect != wanted, not _fits(s, arguments)))
-        if not ranked:
+        """The spelling to write ``arguments`` in: that of ``dialect``, or another where it has none that fits."""
+        full = self.defaults | dict(arguments)
+        candidates = [s for s in self.spellings if s.dialect != "module" and not s.inplace and _says(s, self, full)]
+        if not candidates:
             raise TypeError(f"{self.name} has no function that takes {dict(arguments)}")
-        return ranked[0]
+        order = ("aten", "function", "method") if dialect == "aten" else ("function", "method", "aten")
+        return min(candidates, key=lambda s: (not _fits(s, full), order.index(_kind(s))))  # the first declared of these
 
     def emit(self, graph: Graph, dialect: Dialect, *args: Any, **kwargs: Any) -> Node:
         """Write this operation at the insert point of ``graph`` in ``dialect``, leaving defaults unsaid."""
         arguments = dict(self.signature.bind(*args, **kwargs).arguments)
+        arguments.pop("inplace", None)
         spelling = self.spelling(dialect, arguments)
-        keyword_only = _keyword_only(spelling.target)
-        positional: list[Any] = []
-        said: dict[str, Any] = {}
-        own_names = {name: own for own, name in reversed(spelling.keywords.items()) if name is not None}
-        positions_open = True
-        for name, own_default in spelling.positions:
-            if name is None or name == "inplace":
-                positions_open = False
-                continue
-            default = self.defaults[name]
-            value = arguments.get(name, default)
-            needed = own_default is REQUIRED or not _same(value, own_default)
-            if not needed:
-                positions_open = False
-            elif positions_open and own_names.get(name) not in keyword_only:
-                positional.append(_plain(value))
-            else:
-                said[own_names.get(name, name)] = _plain(value)
-        return graph.call_function(spelling.target, tuple(positional), said)
+        positional, said = spelling.say({n: v for n, v in (self.defaults | arguments).items() if v is not REQUIRED})
+        if isinstance(spelling.target, str):
+            return graph.call_method(spelling.target, positional, said)
+        return graph.call_function(spelling.target, positional, said)
 
 
-VOCABULARY: dict[Any, tuple[Op, Spelling]] = {}
+VOCABULARY: dict[Any, list[tuple[Op, Spelling]]] = {}  # several only where the arguments tell which
 
 
 def spell(
@@ -182,27 +217,38 @@ def spell(
     *,
     inplace: bool = False,
     attributes: Callable[[nn.Module], dict[str, Any] | str] | None = None,
+    arrange: Arrange | None = None,
+    must: Mapping[str, tuple[Any, ...]] | None = None,
+    translate: Mapping[str, tuple[Any, Any]] | None = None,
+    variadic: str | None = None,
     **fixed: Any,
 ) -> Callable[[Op], Spelling]:
     """
     A target whose own parameters differ from the operation's.
 
     ``names``: the operation's parameter behind each own parameter, in order, separated by blanks; ``_`` ignores one.
+    Where torch cannot tell a target's own parameters (builtin functions, methods), they are these names (or
+    ``own=name``), or else all of the operation's.
     ``attributes``: for a module class, its arguments; or a string that says why a module cannot be read.
+    ``arrange``: brings positional and keyword arguments into the order of ``names``; None if the call means
+    another operation.
+    ``must``: own parameters that are ignored at these values, and not read at others.
+    ``translate``: parameter -> (what the target says, what the operation says), as -1 and None for no padding.
+    ``variadic``: the parameter that takes all further positional arguments (a method's sizes do by themselves).
     ``fixed``: parameters of the operation that this target implies.
     """
 
     def make(op: Op) -> Spelling:
-        own = _own_parameters(target)
-        if own is None:
-            own = [(n, d) for n, d in op.defaults.items() if n not in fixed]  # what torch names alike
-            aliases: dict[str, str | None] = {"input": op.parameters[0], "self": op.parameters[0]}
-        else:
-            aliases = {}
+        own, keyword_only = _own_parameters(target) or _as_declared(op, target, names, fixed)
         known_names = tuple(op.signature.parameters)
-        canonical = names.split() if names is not None else [n for n in known_names if n not in fixed]
+        if names is not None:
+            canonical = [n.rpartition("=")[2] for n in names.split()]
+        else:
+            canonical = [n for n in known_names if n not in fixed and (n != "inplace" or any(o == n for o, _ in own))]
         positions: list[tuple[str | None, Any]] = []
-        keywords = dict(aliases)
+        keywords: dict[str, str | None] = {}
+        if isinstance(target, str) or _own_parameters(target) is None:
+            keywords = {"input": op.parameters[0], "self": op.parameters[0]} if op.parameters else {}
         for i, (own_name, default) in enumerate(own):
             name = canonical[i] if i < len(canonical) else "_"
             known = None if name == "_" else name
@@ -215,16 +261,27 @@ def spell(
             dialect = "module"
         elif isinstance(target, OpOverload):
             dialect = "aten"
-        last = op.parameters[-1] if op.parameters else None
         first_sequence = next((n for n in op.parameters if n in _SEQUENCES), None)
-        variadic = (first_sequence or last) if isinstance(target, str) or target in (torch.permute,) else None
-        variadic = variadic if variadic in _SEQUENCES else None
-        return Spelling(target, tuple(positions), keywords, fixed, inplace, variadic, dialect, attributes)
+        return Spelling(
+            target,
+            tuple(n for n, _ in own),
+            tuple(positions),
+            keywords,
+            keyword_only,
+            fixed,
+            inplace,
+            first_sequence if isinstance(target, str) and variadic is None else variadic,
+            dialect,
+            attributes,
+            arrange,
+            must or {},
+            translate or {},
+        )
 
     return make
 
 
-_SEQUENCES = ("shape", "dims", "sizes", "repeats")  # parameters that a method takes as separate arguments too
+_SEQUENCES = ("size", "shape", "dims", "repeats")  # parameters that a method takes as separate arguments too
 
 
 def op(
@@ -234,6 +291,7 @@ def op(
     view: bool = False,
     random: Callable[[Mapping[str, Any]], bool] | None = None,
     writes: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None,
+    effect: bool = False,
     normalize: Callable[[dict[str, Any]], None] | None = None,
     build: Callable[..., nn.Module] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
@@ -247,15 +305,19 @@ def op(
             view=view,
             random=random,
             writes=writes,
+            effect=effect,
             normalize=normalize,
             build=build,
         )
         for target in (*spellings, *inplace):
             made = target(new) if getattr(target, "__qualname__", "") == "spell.<locals>.make" else None
             spelled = made or spell(target, inplace=target in inplace)(new)
-            known = VOCABULARY.setdefault(spelled.target, (new, spelled))
-            if known[0] is not new:
-                raise ValueError(f"{spelled.target} already spells {known[0].name!r}, not {new.name!r}")
+            if made is not None and target in inplace and not made.inplace:
+                spelled = replace(made, inplace=True)
+            known = VOCABULARY.setdefault(spelled.target, [])
+            if known and (spelled.arrange is None or known[-1][1].arrange is None):
+                raise ValueError(f"{spelled.target} already spells {known[0][0].name!r}, not {new.name!r}")
+            known.append((new, spelled))
             new.spellings.append(spelled)
         return new
 
@@ -279,14 +341,14 @@ def _read(gm: GraphModule, node: Node) -> Call | tuple[Op, str] | None:
         return _read_module(gm, node)
     if node.op not in ("call_function", "call_method"):
         return None
-    word = VOCABULARY.get(node.target)
-    if word is None:
+    words = VOCABULARY.get(node.target)
+    if words is None:
         return None
-    meaning, spelling = word
-    bound = spelling.bind(node.args, node.kwargs)
-    if bound is None:
-        return meaning, f"{node} has arguments outside the vocabulary: {node.args}, {dict(node.kwargs)}"
-    return _call(meaning, spelling, bound)
+    for meaning, spelling in words:
+        bound = spelling.bind(node.args, node.kwargs)
+        if bound is not None:
+            return _call(meaning, spelling, bound)
+    return words[0][0], f"{node} has arguments outside the vocabulary: {node.args}, {dict(node.kwargs)}"
 
 
 def _call(meaning: Op, spelling: Spelling, bound: dict[str, Any]) -> Call | None:
@@ -308,10 +370,10 @@ def _read_module(gm: GraphModule, node: Node) -> Call | tuple[Op, str] | None:
     module = submodule(gm, str(node.target))
     if module is None:
         return None
-    word = VOCABULARY.get(type(module))  # exact type: a subclass may compute something else
-    if word is None:
+    words = VOCABULARY.get(type(module))  # exact type: a subclass may compute something else
+    if words is None:
         return _near_miss(module, str(node.target))
-    meaning, spelling = word
+    meaning, spelling = words[0]
     if hooked(module):
         return meaning, f"{node.target} has hooks"
     said = spelling.attributes(module) if spelling.attributes is not None else _attributes(meaning, module)
@@ -330,7 +392,7 @@ def _read_module(gm: GraphModule, node: Node) -> Call | tuple[Op, str] | None:
 def _near_miss(module: nn.Module, path: str) -> tuple[Op, str] | None:
     for base in type(module).__mro__[1:]:
         if base is not nn.Module and base in VOCABULARY:
-            return VOCABULARY[base][0], f"{path} is a {type(module).__name__}, a subclass of {base.__name__}"
+            return VOCABULARY[base][0][0], f"{path} is a {type(module).__name__}, a subclass of {base.__name__}"
     return None
 
 
@@ -415,8 +477,10 @@ def effectful(gm: GraphModule, node: Node) -> bool:
         return True
     call = read(gm, node)
     if call is not None:
-        draws = call.op.random is not None and call.op.random(call.arguments)
-        return bool(draws or call.inplace or "out" in node.kwargs or (call.op.writes and call.op.writes(call.arguments)))
+        draws = call.op.effect or (call.op.random is not None and call.op.random(call.arguments))
+        return bool(
+            draws or call.inplace or "out" in node.kwargs or (call.op.writes and call.op.writes(call.arguments))
+        )
     if isinstance(node.target, OpOverload):
         named = node.target._schema.name.rpartition("::")[2]
         random = torch.Tag.nondeterministic_seeded in node.target.tags
@@ -479,7 +543,7 @@ def _harmless_function(target: Any) -> bool:
 
 
 _METHODS_WITH_EFFECT = frozenset(
-    "backward register_hook register_post_accumulate_grad_hook retain_grad bernoulli multinomial".split()
+    ("backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "bernoulli", "multinomial")
 )
 
 
@@ -490,16 +554,22 @@ def _harmless_method(name: str) -> bool:
 def may_alias(gm: GraphModule, node: Node) -> Node:
     """The node whose memory ``node`` may share, followed through views to where the memory came from."""
     while True:
-        call = read(gm, node)
-        if call is not None and (call.op.view or call.inplace):
-            source = call.arguments[call.op.parameters[0]]
-        elif call is None and isinstance(node.target, OpOverload) and _returns_alias(node.target):
-            source = next(iter(node.all_input_nodes), None)
-        else:
-            return node
+        source = _shares(gm, node)
         if not isinstance(source, Node):
             return node
         node = source
+
+
+def _shares(gm: GraphModule, node: Node) -> Any:
+    """The input that ``node`` may be a view of: for what the vocabulary does not know, the first."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return None
+    call = read(gm, node)
+    if call is not None:
+        return call.arguments[call.op.parameters[0]] if call.op.view or call.inplace else None
+    if isinstance(node.target, OpOverload) and not _returns_alias(node.target):
+        return None
+    return next(iter(node.all_input_nodes), None)
 
 
 @functools.cache
@@ -529,11 +599,12 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Node | Attr)
 
 
-def _own_parameters(target: Any) -> list[tuple[str, Any]] | None:
-    """The target's own parameters with their defaults; None for what has no signature to read."""
+def _own_parameters(target: Any) -> tuple[list[tuple[str, Any]], frozenset[str]] | None:
+    """The target's own parameters with their defaults, and those that are keyword-only; None if it does not say."""
     if isinstance(target, OpOverload):
-        return [(a.name, a.default_value if a.has_default_value() else REQUIRED) for a in target._schema.arguments]
-    if isinstance(target, str) or inspect.isclass(target):
+        own = [(a.name, a.default_value if a.has_default_value() else REQUIRED) for a in target._schema.arguments]
+        return own, frozenset(a.name for a in target._schema.arguments if a.kwarg_only)
+    if isinstance(target, str) or inspect.isclass(target) or getattr(target, "__module__", "") == "_operator":
         return None
     try:
         parameters = inspect.signature(target).parameters.values()
@@ -541,48 +612,60 @@ def _own_parameters(target: Any) -> list[tuple[str, Any]] | None:
         return None
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return None
+    own = [(p.name, REQUIRED if p.default is p.empty else p.default) for p in parameters]
+    return own, frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def _as_declared(
+    op: Op, target: Any, names: str | None, fixed: Mapping[str, Any]
+) -> tuple[list[tuple[str, Any]], frozenset[str]]:
+    """The same for a target that torch says nothing about: it is called as the operation is declared."""
+    declared = names.split() if names is not None else [n for n in op.parameters if n not in fixed]
+    said = [n.rpartition("=") for n in declared]
     if getattr(target, "__module__", "") == "_operator":
-        return None
-    return [(p.name, REQUIRED if p.default is p.empty else p.default) for p in parameters]
+        said = said[: len(inspect.signature(target).parameters)]
+    kinds = {n: p.kind for n, p in op.signature.parameters.items()}
+    keyword_only = frozenset(own or n for own, _, n in said if kinds.get(n) is inspect.Parameter.KEYWORD_ONLY)
+    return [(own or n, op.defaults.get(n, REQUIRED)) for own, _, n in said], keyword_only
 
 
-@functools.cache
-def _keyword_only(target: Any) -> frozenset[str]:
-    if isinstance(target, OpOverload):
-        return frozenset(a.name for a in target._schema.arguments if a.kwarg_only)
-    if _own_parameters(target) is None:
-        return frozenset()
-    return frozenset(p.name for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY)
+def _kind(spelling: Spelling) -> str:
+    return "method" if isinstance(spelling.target, str) else spelling.dialect
 
 
 def _says(spelling: Spelling, meaning: Op, arguments: Mapping[str, Any]) -> bool:
-    """Whether the spelling can express every argument that differs from the operation's default."""
+    """Whether the spelling can express these arguments, which are all of the operation's."""
     names = {name for name, _ in spelling.positions}
-    for name, value in arguments.items():
-        if name in spelling.fixed:
-            if not _same(value, spelling.fixed[name]):
-                return False
-        elif name not in names and not _same(value, meaning.defaults[name]):
-            return False
-    return all(_same(arguments.get(n, meaning.defaults[n]), v) for n, v in spelling.fixed.items())
+    implied = meaning.defaults | dict(spelling.fixed)
+    return all(_same(v, implied[n]) for n, v in arguments.items() if n not in names)
 
 
 def _fits(spelling: Spelling, arguments: Mapping[str, Any]) -> bool:
-    """Whether tensors stand where an ATen overload wants tensors, and numbers where it wants numbers."""
+    """Whether tensors stand where an overload wants tensors, and numbers where it wants numbers."""
+    if (isinstance(spelling.target, str) or spelling.inplace) and not _is_tensor(
+        arguments[str(spelling.positions[0][0])]
+    ):
+        return False
     if not isinstance(spelling.target, OpOverload):
         return True
-    for (name, _), argument in zip(spelling.positions, spelling.target._schema.arguments, strict=True):
-        if name is None or name not in arguments:
-            continue
-        value, kind = arguments[name], str(argument.type)
-        is_number_node = isinstance(value, Node) and isinstance(
-            value.meta.get("val"), int | float | torch.SymInt | torch.SymFloat
-        )
-        tensor = _is_tensor(value) and not is_number_node
-        if kind == "Tensor" and not tensor and isinstance(value, Node):
-            return False
-        if kind in ("number", "float", "int") and tensor:
-            return False
-        if kind.startswith("List[") != isinstance(value, tuple | list) and not isinstance(value, Node) and value is not None:
-            return False
-    return True
+    schema = spelling.target._schema.arguments
+    return all(
+        _takes(argument, arguments[name])
+        for (name, _), argument in zip(spelling.positions, schema, strict=True)
+        if name is not None and arguments.get(name, REQUIRED) is not REQUIRED
+    )
+
+
+def _takes(argument: torch.Argument, value: Any) -> bool:
+    kind = str(argument.type)
+    if kind.startswith("Optional["):
+        kind = kind[len("Optional[") : -1]
+        if value is None:
+            return True
+    if kind.startswith("List[") != isinstance(value, tuple | list):
+        return False
+    numbers = int | float | torch.SymInt | torch.SymFloat
+    number = isinstance(value, Node) and isinstance(value.meta.get("val"), numbers)
+    if kind == "Tensor":
+        return _is_tensor(value) and not number
+    return value is not None and (number or not _is_tensor(value))
