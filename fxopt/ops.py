@@ -119,9 +119,8 @@ class Spelling:
                 open_ = False
                 continue
             else:
-                value = arguments[name]
-            if name in self.translate and _same(value, self.translate[name][1]):
-                value = self.translate[name][0]
+                own_value, operations = self.translate.get(name, (REQUIRED, REQUIRED))
+                value = own_value if _same(arguments[name], operations) else arguments[name]
             value = value if self.target is operator.getitem else _plain(value)
             if own_default is not REQUIRED and _same(_frozen(value), own_default):
                 open_ = False
