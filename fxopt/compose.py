@@ -10,14 +10,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from torch.fx import GraphModule
 
-from fxopt.benchmark import Comparison, benchmark as compare
+from fxopt.benchmark import Comparison
+from fxopt.benchmark import benchmark as compare
 from fxopt.delta import graphs, share
 from fxopt.errors import FxoptError, TransformationError, UsageError, VerificationError
 from fxopt.history import Edited, atomic, commits, find, history, to_html, undo
@@ -181,8 +181,8 @@ class Pipeline(ReversibleTransformation):
         self.example_inputs = example_inputs
         self.on_failure = on_failure
         self.on_regression = on_regression
-        self.tolerance = {"rtol": rtol, "atol": atol}
-        self.timing = {k: v for k, v in (("rounds", rounds), ("warmup", warmup)) if v is not None}
+        self.rtol, self.atol = rtol, atol
+        self.timing: dict[str, Any] = {k: v for k, v in (("rounds", rounds), ("warmup", warmup)) if v is not None}
         self.show = show
 
     @property
@@ -311,7 +311,9 @@ class _Questions:
             propagate(gm, self.inputs)
         if self.asked:
             self.original = share(gm)
-        self.baseline = Baseline(self.original, self.inputs, **pipeline.tolerance) if pipeline.verify else None
+        self.baseline: Baseline | None = None
+        if pipeline.verify and self.original is not None:
+            self.baseline = Baseline(self.original, self.inputs, rtol=pipeline.rtol, atol=pipeline.atol)
 
     def copy(self, gm: GraphModule) -> GraphModule | None:
         return share(gm) if self.asked else None

@@ -17,7 +17,8 @@ from fxopt import catalogue, models
 from fxopt.benchmark import Comparison, benchmark
 from fxopt.compose import Result, compose
 from fxopt.errors import UsageError
-from fxopt.huggingface import Optimized, default_passes, optimize as optimize_model
+from fxopt.huggingface import Optimized, default_passes
+from fxopt.huggingface import optimize as optimize_model
 from fxopt.inputs import example_inputs, load_tokenizer
 from fxopt.verify import Verification, verify
 

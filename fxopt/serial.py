@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
@@ -79,7 +79,7 @@ def _module_to_json(module: nn.Module, path: str, tensors: dict[str, torch.Tenso
     return saved | _class_to_json(module, path)
 
 
-_SKIPPED = frozenset("training _parameters _buffers _modules _non_persistent_buffers_set _fxopt_owner".split())
+_SKIPPED = frozenset({"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_fxopt_owner"})
 
 
 def _class_to_json(module: nn.Module, path: str) -> Json:
@@ -369,7 +369,7 @@ def _fake_inputs(specs: list[Json]) -> tuple[Any, ...] | None:
         return None
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     hints: dict[str, int] = {}
-    fakes: list[FakeTensor] = []
+    fakes: list[torch.Tensor] = []
     for spec in specs:
         sizes, dynamic = [], []
         for size in spec["shape"]:
@@ -380,7 +380,7 @@ def _fake_inputs(specs: list[Json]) -> tuple[Any, ...] | None:
                 sizes.append(size)
                 dynamic.append(DimDynamic.STATIC)
         real = torch.empty(sizes, dtype=getattr(torch, spec["dtype"]), device="meta")
-        context = StatelessSymbolicContext(dynamic_sizes=dynamic)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic)
         fake = mode.from_tensor(real, symbolic_context=context)
         with mode:
             fakes.append(torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=spec["device"]))

@@ -81,10 +81,10 @@ def infer(gm: GraphModule, node: Node) -> Any:
             return mode.from_tensor(val, static_shapes=True)
         return val
 
-    args, kwargs = map_arg(node.args, fake), map_arg(node.kwargs, fake)  # type: ignore[arg-type]
+    args, kwargs = map_arg(node.args, fake), map_arg(node.kwargs, fake)
     with mode, torch.no_grad():
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -259,6 +259,7 @@ def aside(directory: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON."""
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -287,6 +288,7 @@ def read_journal(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
+    """The JSON value in ``path``; a StoreError says what is wrong with it."""
     try:
         return json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -306,6 +308,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in ``path`` by name; a StoreError says what is wrong with it."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -313,5 +316,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def file_hash(path: Path) -> str:
+    """The SHA-256 of the file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
