@@ -25,12 +25,25 @@ class Miss:
 
 @dataclass
 class Match:
-    """Where a pattern matched: the nodes it covers, root first, and what its variables stand for."""
+    """
+    Where a pattern matched: the nodes it covers, root first, and what its variables stand for.
+
+    ``shared`` are nodes that it reads as part of the pattern, and that go with it only if nothing else uses them.
+    """
 
     root: Node
     dialect: ops.Dialect = "function"
     nodes: list[Node] = field(default_factory=list)
     bindings: dict[str, Any] = field(default_factory=dict)
+    shared: list[Node] = field(default_factory=list)
+
+    def trial(self) -> Match:
+        """A copy to go on with, which may fail."""
+        return Match(self.root, self.dialect, list(self.nodes), dict(self.bindings), list(self.shared))
+
+    def keep(self, trial: Match) -> None:
+        """Go on where ``trial`` came to."""
+        self.dialect, self.nodes, self.bindings, self.shared = trial.dialect, trial.nodes, trial.bindings, trial.shared
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class AnyOf:
 
 @dataclass(frozen=True)
 class Shared:
-    """Matches what its term matches, although other nodes may use it too: it is not removed with the match."""
+    """Matches what its term matches, although other nodes may use it too: then it is not removed with the match."""
 
     term: Any
 
@@ -170,16 +183,18 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _match_any(gm: GraphModule, pattern: AnyOf, value: Any, found: Match, shared: bool) -> Miss | None:
-    deepest: Miss | None = None
+    deepest: tuple[tuple[int, bool], Miss] | None = None
     for term, binds in zip(pattern.terms, pattern.binds, strict=True):
-        trial = Match(found.root, found.dialect, list(found.nodes), dict(found.bindings))
+        trial = found.trial()
         miss = _match(gm, term, value, trial, shared)
         if miss is None:
-            found.dialect, found.nodes, found.bindings = trial.dialect, trial.nodes, trial.bindings | binds
+            found.keep(trial)
+            found.bindings |= binds
             return None
-        if deepest is None or (deepest.node is found.root and miss.node is not found.root):
-            deepest = miss
-    return deepest
+        depth = (len(trial.nodes), miss.node is not found.root)  # the term that came furthest says why
+        if deepest is None or depth > deepest[0]:
+            deepest = (depth, miss)
+    return None if deepest is None else deepest[1]
 
 
 def _match_call(gm: GraphModule, pattern: Apply, node: Any, found: Match, shared: bool) -> Miss | None:
@@ -189,27 +204,38 @@ def _match_call(gm: GraphModule, pattern: Apply, node: Any, found: Match, shared
         if doubt is not None and doubt[0] is pattern.op:
             return Miss(node, doubt[1])
         return Miss(found.root, f"{node} is not {pattern.op.name}")
-    if node is not found.root and not shared and len(node.users) > 1:
+    asserting = [] if node is found.root or shared else [u for u in node.users if _only_asserts(gm, u)]
+    if node is not found.root and not shared and len(node.users) - len(asserting) > 1:
         return Miss(node, f"{node} has other users: {', '.join(map(str, node.users))}")
     if node is found.root:
         found.dialect = call.dialect
     if call.inplace and (miss := _refuse_inplace(gm, pattern, call, node)):
         return miss
-    if not shared:
-        found.nodes.append(node)
+    if shared:
+        found.shared.append(node)
+    else:
+        found.nodes += [node, *asserting]
     orders = [call.arguments]
     if pattern.op.commutative:
         a, b = pattern.op.parameters[:2]
         orders.append({**call.arguments, a: call.arguments[b], b: call.arguments[a]})
-    miss: Miss | None = None
+    missed: Miss | None = None
+    reached = found.nodes
     for arguments in orders:
-        trial = Match(found.root, found.dialect, list(found.nodes), dict(found.bindings))
+        trial = found.trial()
         again = _match_arguments(gm, pattern, arguments, trial)
         if again is None:
-            found.dialect, found.nodes, found.bindings = trial.dialect, trial.nodes, trial.bindings
+            found.keep(trial)
             return None
-        miss = miss or again
-    return miss
+        missed, reached = missed or again, max(reached, trial.nodes, key=len)
+    found.nodes = reached  # how far it came, for `_match_any`
+    return missed
+
+
+def _only_asserts(gm: GraphModule, node: Node) -> bool:
+    """Whether ``node`` is there to check the type of its input, as export puts one before every cast."""
+    call = ops.read(gm, node) if not node.users else None
+    return call is not None and call.op.effect
 
 
 def _match_arguments(gm: GraphModule, pattern: Apply, arguments: dict[str, Any], found: Match) -> Miss | None:
@@ -231,7 +257,7 @@ def _refuse_inplace(gm: GraphModule, pattern: Apply, call: ops.Call, node: Node)
 
 def _crossed_write(gm: GraphModule, found: Match) -> Miss | None:
     """Between the first matched node and the root, nothing may write to what the match reads."""
-    inner = set(found.nodes)
+    inner = {*found.nodes, *found.shared}
     if len(inner) == 1:
         return None
     read = {ops.may_alias(gm, n) for m in inner for n in m.all_input_nodes}

@@ -302,7 +302,7 @@ class Site:
         if "val" in root.meta and new in self.made:
             new.meta["val"] = root.meta["val"]
         root.replace_all_uses_with(new)
-        erase(self.gm, [n for n in self.match.nodes if n is not new])
+        erase(self.gm, [n for n in dict.fromkeys((*self.match.nodes, *self.match.shared)) if n is not new])
 
 
 def _buildable(arguments: Mapping[str, Any]) -> bool:
