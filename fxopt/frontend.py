@@ -138,7 +138,7 @@ def optimize(
     pipeline.show = False if show is None else show
     result = optimize_model(model, pipeline, dict(given))
     state: Optimized = result.__dict__["fxopt"]
-    # as functions: for modules, both questions would put copies in the parameters' place, and the graphs would step back
+    # As functions: both questions put copies in the place of a module's parameters, and its graphs would step back.
     before, after = _function(model), _function(result)
     verification = verify(before, after, dict(given), rtol=rtol, atol=atol)
     comparison = benchmark(before, after, dict(given), rounds=rounds, warmup=warmup) if benchmarked else None

@@ -120,8 +120,8 @@ def _load_model(folder: Path, entry: dict[str, Any]) -> nn.Module:
     made = optimize(model, again, inputs, generation=entry["generation"], dynamic=entry["dynamic"])
     if missing := entry["graphs"].keys() - made.__dict__["fxopt"].graphs.keys():
         raise StoreError(
-            f"{folder} holds the graph{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}, which could not be captured "
-            f"again under torch {torch.__version__}; load with the versions that fxopt.json names, or optimize again"
+            f"{folder} holds the graphs {', '.join(sorted(missing))}, which could not be captured again under "
+            f" torch {torch.__version__}; load with the versions that fxopt.json names, or optimize again"
         )
     return made
 

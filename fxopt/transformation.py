@@ -85,7 +85,7 @@ class Transformation(ABC):
         return [n for inner in graphs(graph_module).values() for n in inner.graph.nodes if self.transformed(n)]
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.signature == other.signature  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.signature == other.signature
 
     def __hash__(self) -> int:
         return hash(self.signature)
@@ -360,7 +360,7 @@ def register(gm: nn.Module, path: str, tensor: torch.Tensor, persistent: bool = 
     """Put a parameter or buffer at ``path``, making the modules on the way."""
     owner, _, name = path.rpartition(".")
     module = _owner(gm, owner)
-    kind = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+    kind: dict[str, Any] = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
     if name in kind:  # keep the place that the old one had
         kind[name] = tensor
         return

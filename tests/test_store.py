@@ -126,6 +126,6 @@ def test_a_module_of_ones_own_cannot_be_written(tmp_path):
 
     model = nn.Sequential(Own())
     gm = torch.fx.GraphModule(model, Tracer().trace(model))
-    with pytest.raises(StoreError, match="0 is a .*Own, which cannot be written without pickle"):
+    with pytest.raises(StoreError, match=r"0 is a .*Own, which cannot be written without pickle"):
         store.save(gm, tmp_path / "own")
     assert not os.path.exists(tmp_path / "own")
