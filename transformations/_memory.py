@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,23 +33,26 @@ class Effect:
 
 def effect(gm: GraphModule, node: Node) -> Effect | None:
     """What ``node`` does besides computing its value, the graph modules that it calls included; None for nothing."""
+    return _effect(gm, node, ops.read(gm, node))
+
+
+def _effect(gm: GraphModule, node: Node, call: ops.Call | None) -> Effect | None:
     if node.op in ("placeholder", "get_attr", "output"):
         return None
+    if isinstance(out := node.kwargs.get("out"), Node):
+        return Effect("write", f"writes to {out} in place")
+    if call is not None:
+        return _effect_of_call(node, call)
     called, hooked = called_graphs(gm, node)
     if called and not hooked:
         found = (effect(inner, n) for inner in called for n in inner.graph.nodes)
         return next((Effect(e.kind, f"{node} calls a graph that {e.reason}") for e in found if e is not None), None)
-    if isinstance(out := node.kwargs.get("out"), Node):
-        return Effect("write", f"writes to {out} in place")
-    call = ops.read(gm, node)
-    if call is None and (said := _said_effect(node)) is not None:
+    if (said := _said_effect(node)) is not None:
         return Effect(*said)
     if not ops.effectful(gm, node):
         return None
-    if call is not None and call.op.random is not None and call.op.random(call.arguments):
-        return Effect("random", "draws random numbers")
-    if call is not None or isinstance(node.target, OpOverload):
-        return _effect_of_operation(gm, node)
+    if isinstance(node.target, OpOverload):
+        return _effect_of_overload(gm, node)
     if str(node.target) == GUARDS or getattr(node.target, "__name__", "").startswith("_assert"):
         return Effect("assertion", "asserts")
     if node.op == "call_module":
@@ -59,12 +63,23 @@ def effect(gm: GraphModule, node: Node) -> Effect | None:
     return Effect("unknown", f"calls {getattr(node.target, '__name__', node.target)}, which may have an effect")
 
 
-def _effect_of_operation(gm: GraphModule, node: Node) -> Effect:
+def _effect_of_call(node: Node, call: ops.Call) -> Effect | None:
+    op = call.op
+    if op.random is not None and op.random(call.arguments):
+        return Effect("random", "draws random numbers")
+    if op.effect:
+        return Effect("assertion", "asserts")
+    written = op.writes(call.arguments) if op.writes is not None else ()
+    if call.inplace or written:
+        named = [call.arguments[n] for n in ((op.parameters[0],) if call.inplace else ()) + tuple(written)]
+        return Effect("write", f"writes to {', '.join(map(str, named))} in place")
+    return None
+
+
+def _effect_of_overload(gm: GraphModule, node: Node) -> Effect:
+    assert isinstance(node.target, OpOverload)
     if written := ops.writes(gm, node):
         return Effect("write", f"writes to {', '.join(map(str, written))} in place")
-    if ops.read(gm, node) is not None:  # a module's buffers: no nodes
-        return Effect("write", "writes to its buffers")
-    assert isinstance(node.target, OpOverload)
     if torch.Tag.nondeterministic_seeded in node.target.tags:
         return Effect("random", "draws random numbers")
     return Effect("assertion", "asserts")
@@ -150,6 +165,7 @@ class Memory:
         self.gm = gm
         self.position: dict[Node, int] = {}
         self.effects: dict[Node, Effect] = {}
+        self.certain: dict[Node, Node | None] = {}  # the input whose memory a value is for certain
         self._parent: dict[Node, Node] = {}
         self._storages: dict[int, Node] = {}
         self._input: Node | None = None
@@ -157,9 +173,11 @@ class Memory:
         for i, node in enumerate(gm.graph.nodes):
             self.position[node] = i
             self._parent[node] = node
-            if (found := effect(gm, node)) is not None:
+            call = ops.read(gm, node)
+            if (found := _effect(gm, node, call)) is not None:
                 self.effects[node] = found
-            self._place(node)
+            self.certain[node] = _aliased(node, call)
+            self._place(node, call)
         self.written: dict[Node, list[int]] = {}  # class -> where it is written to, in graph order
         for node, found in self.effects.items():
             for target in self.targets(node) if found.kind in ("write", "unknown") else ():
@@ -198,7 +216,7 @@ class Memory:
         """The position of the last node that may write to what ``node`` holds; -1 if none does."""
         return self.written.get(self.root(node), [-1])[-1]
 
-    def _place(self, node: Node) -> None:
+    def _place(self, node: Node, call: ops.Call | None) -> None:
         if node.op == "get_attr":
             leaves = [value(node), ops.constant(self.gm, node)]
         else:
@@ -207,19 +225,19 @@ class Memory:
                 return  # numbers share no memory
         for tensor in leaves:
             if isinstance(tensor, torch.Tensor):
-                self._union(self._storages.setdefault(_storage(tensor), node), node)
+                self._union(self._storages.setdefault(storage(tensor), node), node)
         if node.op == "placeholder":
             self._input = self._input or node
             self._union(self._input, node)
-        for source in {*_sources(self.gm, node), *self._same_storage(node)}:
+        for source in {*_sources(node, call), *self._same_storage(node)}:
             self._onward.setdefault(source, []).append(node)
             self._union(source, node)
 
     def _same_storage(self, node: Node) -> Iterator[Node]:
         """The inputs of ``node`` that have the same storage, by their fake tensors."""
-        mine = {_storage(v) for v in tree_leaves(value(node)) if isinstance(v, torch.Tensor)}
+        mine = {storage(v) for v in tree_leaves(value(node)) if isinstance(v, torch.Tensor)}
         for n in node.all_input_nodes if mine else ():
-            if any(_storage(v) in mine for v in tree_leaves(value(n)) if isinstance(v, torch.Tensor)):
+            if any(storage(v) in mine for v in tree_leaves(value(n)) if isinstance(v, torch.Tensor)):
                 yield n
 
     def _reaching_output(self) -> set[Node]:
@@ -235,19 +253,19 @@ class Memory:
             self._parent[b] = a
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage(tensor: torch.Tensor) -> int:
+    """What tells the memory of ``tensor`` from other memory, fake or real, as long as the tensor lives."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor without storage: sparse, or oneDNN's
         return id(tensor)
 
 
-def _sources(gm: GraphModule, node: Node) -> Iterator[Node]:
+def _sources(node: Node, call: ops.Call | None) -> Iterator[Node]:
     """The inputs with which the value of ``node`` may share memory."""
     if node.op in ("placeholder", "get_attr", "output"):
         return
-    call = ops.read(gm, node)
-    if call is not None:
+    if call is not None and call.op.name not in _UNDECLARED:
         first = call.arguments[call.op.parameters[0]] if call.op.parameters else None
         if (call.op.view or call.inplace) and isinstance(first, Node):
             yield first
@@ -259,6 +277,49 @@ def _sources(gm: GraphModule, node: Node) -> Iterator[Node]:
             yield from node.all_input_nodes
         return
     yield from node.all_input_nodes
+
+
+# Operators that always return a view, where the storages of fake tensors do not tell.
+_VIEWS = frozenset(
+    {
+        "chunk",
+        "detach",
+        "diagonal",
+        "expand",
+        "expand_as",
+        "identity",
+        "movedim",
+        "narrow",
+        "permute",
+        "select",
+        "slice",
+    }
+    | {"split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view"}
+)
+
+
+def _aliased(node: Node, call: ops.Call | None) -> Node | None:
+    """The input whose memory is for certain that of the value of ``node``."""
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], Node):
+        return None
+    target: Any = node.target
+    if call is not None:
+        name, inplace = call.op.name, call.inplace
+    elif isinstance(target, OpOverload):
+        name, inplace = target._schema.name.rpartition("::")[2], _writes_what_it_returns(target)
+    else:
+        name, inplace = "", False
+    return node.args[0] if inplace or name in _VIEWS or _of_sequence(node) else None
+
+
+@functools.cache
+def _writes_what_it_returns(target: OpOverload) -> bool:
+    return any(r.alias_info is not None and r.alias_info.is_write for r in target._schema.returns)
+
+
+def _of_sequence(node: Node) -> bool:
+    """Whether ``node`` takes an element out of a list or tuple."""
+    return node.target is operator.getitem and isinstance(value(node.all_input_nodes[0]), tuple | list)
 
 
 def nbytes(val: Any) -> int | None:

@@ -220,7 +220,7 @@ OPERATIONS = [
     lambda a, b: a.reshape(-1).reshape(3, 3),
     lambda a, b: a.t(),
     lambda a, b: a.add_(1),
-    lambda a, b: a.mul_(b),
+    lambda a, b: a.mul_(b.clone()),
     lambda a, b: a.clone(),
     lambda a, b: a.contiguous(),
 ]
