@@ -44,6 +44,6 @@ def _writer(gm: GraphModule, path: str) -> Node | None:
         for user in node.users:
             if node in ops.writes(gm, user):
                 return user
-            if ops._shares(gm, user) is node:
+            if ops.shares(gm, user) is node:
                 waiting.append(user)
     return None

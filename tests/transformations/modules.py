@@ -5,7 +5,7 @@ import inspect
 from torch import nn
 
 
-def fn(f, **children):
+def fn(f, /, **children):
     """A module that computes ``f``, with ``children``: modules, parameters and buffers, given first as a namespace."""
     names = list(inspect.signature(f).parameters)
     if children:
