@@ -97,7 +97,7 @@ def test_a_part_counts_as_in_the_whole(problem, data):
 def test_only_the_pieces_in_the_way_are_changed():
     # two pieces alike: big block, small block from it, big block, small block from it; the second is smaller
     before = [frozenset(p) for p in ((), (), (0,), (1,), (2, 3), (4,), (4,), (5,), (6,), (7, 8))]
-    sizes = [100, 100, 1, 1, 1, 60, 60, 1, 1, 1]
+    sizes = [100, 100, 1, 1, 1, 40, 40, 1, 1, 1]
     problem = Problem(
         before, [(i,) for i in range(10)], [tuple(sorted(p)) for p in before], sizes, frozenset({9}), frozenset()
     )
