@@ -1,6 +1,6 @@
 """What recording costs: a whole transformation against `lint` + `recompile` on the same graph, for growing graphs.
 
-    python benchmarks/engine.py [--sizes 1000 10000 100000] [--repeats 3] [--profile] [--json FILE]
+    python benchmarks/engine.py [--sizes 1000 10000 100000] [--repeats 3] [--only NAME] [--profile] [--json FILE]
 
 Two graphs (traced from a module; built by hand of functions) and three passes (one in plain torch.fx by a user, one of
 the catalogue, one that finds nothing) are timed. The aim: at most 3 × lint + recompile, growing linearly. Each number
@@ -131,9 +131,11 @@ def measure(graph: str, make: Callable[[int], GraphModule], size: int, t: Transf
     return Timing(graph, nodes, t.signature, rewrites, *best)
 
 
-def measurements(sizes: list[int], repeats: int) -> Iterator[Timing]:
+def measurements(sizes: list[int], repeats: int, only: str) -> Iterator[Timing]:
     for graph, make in (("traced", traced), ("built", built)):
         for t in (ClampForRelu(), EliminateDropout(), FindNothing()):
+            if only not in f"{graph} {t.signature}":
+                continue
             for size in sizes:
                 yield measure(graph, make, size, t, repeats if size <= 10_000 else 1)
 
@@ -162,10 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=3, help="up to 10,000 nodes; larger graphs are measured once")
+    parser.add_argument("--only", default="", help="only graph and pass whose names hold this, such as 'built Clamp'")
     parser.add_argument("--profile", action="store_true", help="also print where the time goes, at the middle size")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
-    found = list(measurements(options.sizes, options.repeats))
+    found = list(measurements(options.sizes, options.repeats, options.only))
     Console().print(show(found))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(t) | {"ratio": t.ratio} for t in found], indent=1) + "\n")
