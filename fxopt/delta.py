@@ -50,6 +50,7 @@ class Delta:
     bridges: tuple[
         tuple[str, tuple[str, ...]], ...
     ] = ()  # (changed path, what surrounds an unchanged node that reads it)
+    ties: tuple[tuple[str, ...], ...] = ()  # a node of which only the meta differs, and what differs of what it reads
 
     def __bool__(self) -> bool:
         return bool(
@@ -71,6 +72,7 @@ class Delta:
             codegens=swap(self.codegens),
             users=swap(self.users),
             bridges=self.bridges,
+            ties=self.ties,
         )
 
     def touched(self) -> set[str]:
@@ -185,7 +187,7 @@ def diff(before: Snapshot, after: Snapshot) -> Delta:
         },
         users=_diff_users(before, after),
     )
-    return dataclasses.replace(found, bridges=_bridges(found, after))
+    return dataclasses.replace(found, bridges=_bridges(found, after), ties=_ties(found, after))
 
 
 def _diff_nodes(before: Snapshot, after: Snapshot) -> dict[str, tuple[Record | None, Record | None]]:
@@ -279,7 +281,19 @@ def _bridges(delta: Delta, after: Snapshot) -> tuple[tuple[str, tuple[str, ...]]
         graph = graph_of(key)
         for changed in touching(path_in(graph, str(target))):
             around = (node_key(graph, after.name(n)) for n in (*node.users, *node.all_input_nodes))
-            found.append((changed, tuple(k for k in around if k in delta.nodes)))
+            found.append((changed, tuple(k for k in (key, *around) if k in delta.nodes or k == key in delta.metas)))
+    return tuple(found)
+
+
+def _ties(delta: Delta, after: Snapshot) -> tuple[tuple[str, ...], ...]:
+    """Of a node that reads what was changed, a pass may restate shape or strides: that belongs to the same rewrite."""
+    found = []
+    for key in delta.metas:
+        if key in delta.nodes or key not in after.raw:
+            continue
+        graph, node = graph_of(key), after.raw[key][0]
+        read = (node_key(graph, after.name(n)) for n in node.all_input_nodes)
+        found.append((key, *(k for k in read if k in delta.nodes or k in delta.metas)))
     return tuple(found)
 
 

@@ -102,6 +102,9 @@ def _group(delta: Delta) -> dict[Any, int]:
     for path, around in delta.bridges:
         for key in around:
             union(("node", key), ("path", path))
+    for key, *read in delta.ties:
+        for other in read:
+            union(("node", key), ("node", other))
     _join_state(delta, paths, union)
     numbers: dict[Any, int] = {}
     return {m: numbers.setdefault(find(m), len(numbers)) for m in members}
