@@ -8,7 +8,7 @@ import hashlib
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +40,7 @@ class Transformation(ABC):
     def signature(self) -> str:
         """The call that makes this transformation: readable, and equal in every process."""
         if is_dataclass(self) and "__repr__" in vars(type(self)):
-            options = {f: getattr(self, f) for f in self.__dataclass_fields__}
+            options = {f.name: getattr(self, f.name) for f in fields(self)}
         else:
             options = dict(sorted((k, v) for k, v in vars(self).items() if not k.startswith("_")))
         return f"{type(self).__qualname__}({', '.join(f'{k}={_stable(v)}' for k, v in options.items())})"
