@@ -4,7 +4,20 @@ import functools
 
 import torch
 import transformers
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from fxopt.capture import capture
 
@@ -27,7 +40,45 @@ def resnet():
     return ResNetForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
 
 
-MODELS = {"bert": bert, "gpt2": gpt2, "resnet": resnet}
+_DECODER = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+    "use_cache": False,
+}
+
+
+def llama(dtype=torch.float32):
+    return LlamaForCausalLM(LlamaConfig(**_DECODER)).to(dtype), {"input_ids": torch.randint(0, 99, (2, 8))}
+
+
+def llama_bfloat16():
+    return llama(torch.bfloat16)
+
+
+def qwen3():
+    return Qwen3ForCausalLM(Qwen3Config(**_DECODER)), {"input_ids": torch.randint(0, 99, (2, 8))}
+
+
+def t5():
+    config = T5Config(num_layers=2, d_model=32, d_kv=16, d_ff=64, num_heads=2, vocab_size=99, use_cache=False)
+    ids = {"input_ids": torch.randint(0, 99, (2, 8)), "decoder_input_ids": torch.randint(0, 99, (2, 6))}
+    return T5ForConditionalGeneration(config), ids
+
+
+MODELS = {
+    "bert": bert,
+    "gpt2": gpt2,
+    "llama": llama,
+    "llama_bfloat16": llama_bfloat16,
+    "qwen3": qwen3,
+    "resnet": resnet,
+    "t5": t5,
+}
 
 
 @functools.cache
