@@ -362,6 +362,8 @@ def _call(meaning: Op, spelling: Spelling, bound: dict[str, Any]) -> Call | None
         if _is_tensor(arguments[b]):
             arguments[a], arguments[b] = arguments[b], arguments[a]
     inplace = spelling.inplace or bound.get("inplace", False) is True
+    if inplace and meaning.view and meaning.random is not None and not meaning.random(arguments):
+        inplace = False  # dropout outside of training returns its argument, and writes nothing
     return Call(meaning, spelling.dialect, arguments, inplace)
 
 
@@ -461,6 +463,8 @@ def writes(gm: GraphModule, node: Node) -> tuple[Node, ...]:
         return _written_by_schema(node)
     if node.op == "call_function" and _harmless_function(node.target) and "out" not in node.kwargs:
         return ()
+    if node.op == "call_module" and type(submodule(gm, str(node.target))).__name__ == "GuardsFn":
+        return ()  # torch.export's own check of the inputs
     if node.op == "call_method" and _harmless_method(str(node.target)):
         return ()
     return tuple(node.all_input_nodes)
@@ -553,13 +557,13 @@ def _harmless_method(name: str) -> bool:
 def may_alias(gm: GraphModule, node: Node) -> Node:
     """The node whose memory ``node`` may share, followed through views to where the memory came from."""
     while True:
-        source = _shares(gm, node)
+        source = shares(gm, node)
         if not isinstance(source, Node):
             return node
         node = source
 
 
-def _shares(gm: GraphModule, node: Node) -> Any:
+def shares(gm: GraphModule, node: Node) -> Any:
     """The input that ``node`` may be a view of: for what the vocabulary does not know, the first."""
     if node.op in ("placeholder", "get_attr", "output"):
         return None
