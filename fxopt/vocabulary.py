@@ -395,6 +395,55 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-05): ...
 def dropout(input, p=0.5, training=True, inplace=False): ...
 
 
+@op(
+    spell(torch.feature_dropout, "input p train=training"),
+    spell(nn.Dropout1d, attributes=lambda m: {"p": m.p, "training": m.training, "inplace": m.inplace}),
+    spell(nn.Dropout2d, attributes=lambda m: {"p": m.p, "training": m.training, "inplace": m.inplace}),
+    spell(nn.Dropout3d, attributes=lambda m: {"p": m.p, "training": m.training, "inplace": m.inplace}),
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    aten.feature_dropout.default,
+    inplace=(
+        spell(torch.feature_dropout_, "input p train=training", inplace=True),
+        spell(aten.feature_dropout_.default, inplace=True),
+    ),
+    random=_training,
+    view=True,
+)
+def feature_dropout(input, p=0.5, training=True, inplace=False): ...
+
+
+@op(
+    spell(nn.AlphaDropout, attributes=lambda m: {"p": m.p, "training": m.training}),  # does not look at its inplace
+    F.alpha_dropout,
+    spell(torch.alpha_dropout, "input p train=training"),
+    aten.alpha_dropout.default,
+    inplace=(
+        spell(torch.alpha_dropout_, "input p train=training", inplace=True),
+        spell(aten.alpha_dropout_.default, inplace=True),
+    ),
+    random=_training,
+    view=True,
+)
+def alpha_dropout(input, p=0.5, training=True, inplace=False): ...
+
+
+@op(
+    spell(nn.FeatureAlphaDropout, attributes=lambda m: {"p": m.p, "training": m.training}),
+    F.feature_alpha_dropout,
+    spell(torch.feature_alpha_dropout, "input p train=training"),
+    aten.feature_alpha_dropout.default,
+    inplace=(
+        spell(torch.feature_alpha_dropout_, "input p train=training", inplace=True),
+        spell(aten.feature_alpha_dropout_.default, inplace=True),
+    ),
+    random=_training,
+    view=True,
+)
+def feature_alpha_dropout(input, p=0.5, training=True, inplace=False): ...
+
+
 # --- activations ----------------------------------------------------------------------------------------------------
 
 
