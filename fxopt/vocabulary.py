@@ -1542,7 +1542,7 @@ def layer_norm_linear_layer_norm(
 
 
 @op(fused.packed_linear.default)
-def packed_linear(x, weight, bias=None, activation="none", transposed=False, min_rows=1, max_rows=128): ...
+def packed_linear(x, weight, bias=None, activation="none", transposed=False, min_rows=0, max_rows=0): ...
 
 
 @op(fused.packed_conv2d.default)

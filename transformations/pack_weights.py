@@ -21,14 +21,10 @@ from fxopt.kernels import packed
 from fxopt.pattern import AnyOf, Constant, Miss, OptionalConstant, Tensor, Var, match, roots
 from fxopt.transformation import Rewrite, Site
 
-# Below these sizes the dispatch of the packed operator costs more than packing gains; benchmarks/inference.py measures.
-SMALLEST_WEIGHT = 2**19
-SMALLEST_FOR_ONE_ROW = 2**20
-SMALLEST_CONVOLUTION = 2**20  # products for each image
-# From about 200 rows on, MKL, which packs at every call, is the faster one; never for the head of a language model.
-MOST_ROWS = 160
-HEAD = 16_384
-ALL_ROWS = 2**31 - 1
+# Products for each image. Below, the plain convolution is the faster one: packed takes 0.9 to 2.6 of its time at 2**21
+# with one thread, and 0.7 to 0.97 at 2**23 and up; alone, with the layout changed and changed back, 0.9 to 2.0.
+SMALLEST_CONVOLUTION = 2**22
+_FURTHEST = 64  # nodes in which a convolution's neighbours are looked for
 
 _MEASURED_ROWS = (1, 2, 8, 32, 64, 128, 192, 256, 512, 1024)
 _GAIN = 0.97  # measured ratios above this are called no gain
@@ -68,7 +64,8 @@ _FOLLOWS = frozenset(
         *(ops.max_pool2d, ops.avg_pool2d, ops.adaptive_avg_pool2d, ops.mean, ops.cat),
     }
 )
-_TAKES_ANY = frozenset({ops.conv2d, ops.conv_relu, ops.packed_conv2d, ops.contiguous, ops.size})
+_CONVOLUTIONS = frozenset({ops.conv2d, ops.conv_relu, ops.packed_conv2d})
+_TAKES_ANY = frozenset({ops.contiguous, ops.size})
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,11 @@ class PackWeights(Rewrite):
     Within rounding: oneDNN sums in another order than MKL.
 
     For inference on the CPU, and the last pass of a pipeline: whatever reads linears must have gone before. The graph
-    keeps its parameters; see `fxopt.kernels.packed`. Each linear carries the numbers of rows between which packing
-    pays, so that no input size, seen or not, is slower; convolutions compute channels last, and their results go back
-    to torch's layout where something else reads them.
+    keeps its parameters; see `fxopt.kernels.packed`. A packed linear chooses at each call by the number of rows, so
+    nothing rests on the sizes seen here. Convolutions next to others are packed and compute channels last; their
+    results go back to torch's layout where something else reads them.
 
-    `measure=False` decides by size, the same on every machine; `measure=True` times each size of linear here, now.
+    `measure=False` decides by size; `measure=True` times each size of linear here, now, with torch's present threads.
     """
 
     measure: bool = False
@@ -102,13 +99,13 @@ class PackWeights(Rewrite):
         object.__setattr__(self, "replayable", not self.measure)
 
     def transform(self, graph_module: GraphModule) -> None:
-        wanted = roots(self.pattern)
+        wanted, writer = roots(self.pattern), _shared_write(graph_module)
         for node in reversed(list(graph_module.graph.nodes)):  # users first: an activation takes its product along
             call = None if node._erased else reading.read(graph_module, node)
             if call is None or call.op not in wanted:
                 continue
             found = self._at(graph_module, node)
-            if isinstance(found, Site):
+            if isinstance(found, Site) and not (writer and "stride" in found.match.bindings):
                 found.replace(self.rewrite(found, **found.match.bindings))
         _restore_layouts(graph_module)
 
@@ -116,19 +113,22 @@ class PackWeights(Rewrite):
         """The linears and convolutions that stay as they are, each with the reason."""
         products = roots(_PRODUCT)
         for inner in graphs(gm).values():
+            writer = _shared_write(inner)
             for node in inner.graph.nodes:
                 call, doubt = reading.read(inner, node), reading.unread(inner, node)
-                if call is not None and call.op in products and (reason := self._reason(inner, call.op, node)):
-                    yield reason
+                if call is not None and call.op in products and (miss := self._miss(inner, call.op, node, writer)):
+                    yield miss
                 elif doubt is not None and doubt[0] in products:
                     yield Miss(node, doubt[1])
 
-    def _reason(self, gm: GraphModule, op: reading.Op, node: Node) -> Miss | None:
+    def _miss(self, gm: GraphModule, op: reading.Op, node: Node, writer: Node | None) -> Miss | None:
         terms = [t for t in zip(_PRODUCT.terms, _PRODUCT.binds, strict=True) if op in roots(t[0])]
         found = match(gm, AnyOf(*terms), node)
         if isinstance(found, Miss):
             return found
         reason = self.check(Site(gm, found), **found.bindings)
+        if reason is None and writer is not None and op in _CONVOLUTIONS:
+            reason = f"{writer} writes in place to images that others read"
         return None if reason is None else Miss(node, reason)
 
     def check(self, at: Site, **bound: Any) -> str | None:
@@ -150,11 +150,12 @@ class PackWeights(Rewrite):
         return None
 
     def _rows(self, weight: Value, bound: dict[str, Any]) -> tuple[int, int] | None:
-        transposed = bound["transposed"]
-        features, inputs = reversed(weight.shape) if transposed else weight.shape
+        """The rows for which to pack; (0, 0) for what the operator knows to be best; None for never."""
+        features, inputs = reversed(weight.shape) if bound["transposed"] else weight.shape
         if self.measure:
             return measured_rows(features, inputs, bound.get("activation", "none"), torch.get_num_threads())
-        return rows(features, inputs)
+        pays = any(packed.rows(features, inputs, threads) for threads in (1, 2))
+        return (0, 0) if pays else None
 
     def rewrite(self, at: Site, **bound: Any) -> Node:
         x, weight, bias = bound["x"], bound["weight"], bound["bias"]
@@ -170,18 +171,10 @@ class PackWeights(Rewrite):
         return at.emit(ops.view, y, bound["shape"]) if bound.get("shape") is not None else y
 
 
-def rows(features: int, inputs: int) -> tuple[int, int] | None:
-    """The least and the most rows for which a weight of this size is worth packing, by size alone; None: never."""
-    size = features * inputs
-    if size < SMALLEST_WEIGHT:
-        return None
-    return 1 if size >= SMALLEST_FOR_ONE_ROW else 2, ALL_ROWS if features >= HEAD else MOST_ROWS
-
-
 @functools.cache
 def measured_rows(features: int, inputs: int, activation: str, threads: int) -> tuple[int, int] | None:
     """
-    `rows`, by timing both ways here with `threads` threads.
+    The rows for which packing a weight of this size pays, by timing both ways here with `threads` threads.
 
     Interleaved rounds on random weights at ten numbers of rows; the widest run of them in which packing gains at
     least 3 %. Decided once for each size in a process.
@@ -197,7 +190,7 @@ def measured_rows(features: int, inputs: int, activation: str, threads: int) -> 
     if not runs:
         return None
     best = max(runs, key=len)
-    return best[0], ALL_ROWS if best[-1] == _MEASURED_ROWS[-1] else best[-1]
+    return best[0], packed.ALL_ROWS if best[-1] == _MEASURED_ROWS[-1] else best[-1]
 
 
 @functools.cache
@@ -216,7 +209,7 @@ def _ratio(x: Value, weight: Value, bias: Value, activation: str) -> float:
         packed.packed_linear(x, weight, bias, activation)
 
     def fast() -> None:
-        torch.ops.fxopt.packed_linear.default(x, weight, bias, activation, False, 1, ALL_ROWS)
+        torch.ops.fxopt.packed_linear.default(x, weight, bias, activation, False, 1, packed.ALL_ROWS)
 
     # without the engine's watch over what a transformation calls, which would be timed too
     with torch.no_grad(), torch._C.DisableTorchFunction():
@@ -246,10 +239,31 @@ def _refuse_convolution(at: Site, weight: Value, bound: dict[str, Any]) -> str |
     products = weight.numel() * _area(y)
     if products < SMALLEST_CONVOLUTION:
         return f"{at.root} computes {products} products for each image; packing gains nothing"
+    if not _has_neighbour(at.gm, at.root, bound["x"]):
+        return f"{at.root} stands alone: to change the layout and back costs more than packing gains"
     if (other := bound.get("other")) is not None and not _same_shape(y, at.value(other)):
         return f"{other} is spread over the sum"
-    writer = _write_behind(at.gm, at.root)
-    return None if writer is None else f"{writer} writes in place to what {at.root} computes and others read"
+    return None
+
+
+def _has_neighbour(gm: GraphModule, root: Node, x: Any) -> bool:
+    """Whether the layout in which ``root`` computes is used before it or after it by another convolution."""
+    before, after = [x] if isinstance(x, Node) else [], list(root.users)
+    seen: set[Node] = set()
+    while (before or after) and len(seen) < _FURTHEST:
+        forward = not before
+        node = (after if forward else before).pop()
+        call = reading.read(gm, node)
+        if node in seen or call is None:
+            continue
+        seen.add(node)
+        if call.op in _CONVOLUTIONS:
+            return True
+        if call.op in _FOLLOWS and forward:
+            after.extend(node.users)
+        elif call.op in _FOLLOWS:
+            before.extend(node.all_input_nodes)
+    return False
 
 
 def _area(y: Value) -> int:
@@ -264,20 +278,24 @@ def _same_shape(a: Value, b: Value | None) -> bool:
     return all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
-def _write_behind(gm: GraphModule, root: Node) -> Node | None:
-    """A node that writes to memory of ``root``'s layout region which another node reads; a copy would not see that."""
-    waiting, seen = [(root, False)], {root}
-    while waiting:
-        node, shared = waiting.pop()
-        shared = shared or len(node.users) > 1
-        for user in node.users:
-            if shared and node in reading.writes(gm, user):
-                return user
-            alias = reading.may_alias(gm, user) is not user
-            call = reading.read(gm, user)
-            if user not in seen and (alias or (call is not None and call.op in _FOLLOWS)):
-                seen.add(user)
-                waiting.append((user, shared and alias))
+def _shared_write(gm: GraphModule) -> Node | None:
+    """
+    A node that writes to an image's memory which another node reads.
+
+    Where layouts are put back by a copy, the other one would not see the write.
+    """
+    nodes: list[Node] = list(gm.graph.nodes)
+    for node in nodes:
+        for written in reading.writes(gm, node):
+            base = reading.may_alias(gm, written)
+            val = base.meta.get("val")
+            if base.op in ("get_attr", "placeholder") or (isinstance(val, Value) and val.dim() != 4):
+                continue
+            source = written
+            while len(source.users) == 1 and source is not base:
+                source = source.all_input_nodes[0]
+            if len(source.users) > 1:
+                return node
     return None
 
 
@@ -288,7 +306,7 @@ def _restore_layouts(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         call = reading.read(gm, node)
         sources = [n for n in node.all_input_nodes if n in last]
-        if call is not None and (call.op is ops.packed_conv2d or (sources and call.op in _FOLLOWS)):
+        if call is not None and (call.op is ops.packed_conv2d or (sources and call.op in _FOLLOWS | _CONVOLUTIONS)):
             last.add(node)
         elif sources and not (call is not None and call.op in _TAKES_ANY) and not _is_number(node):
             for source in sources:

@@ -11,7 +11,15 @@ from fxopt.kernels import packed
 
 pytestmark = pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")
 
-linear = torch.ops.fxopt.packed_linear.default
+ANY = (1, packed.ALL_ROWS)
+
+
+def linear(x, weight, bias=None, activation="none", transposed=False, min_rows=1, max_rows=packed.ALL_ROWS):
+    """The operator, packing at any number of rows."""
+    return operator(x, weight, bias, activation, transposed, min_rows, max_rows)
+
+
+operator = torch.ops.fxopt.packed_linear.default
 conv = torch.ops.fxopt.packed_conv2d.default
 PLAIN = ([1, 1], [0, 0], [1, 1], 1)
 
@@ -101,9 +109,9 @@ def test_opcheck():
     kernel, image, other = torch.randn(4, 2, 3, 3), torch.randn(2, 2, 6, 6), torch.randn(2, 4, 4, 4)
     frozen = (weight.detach(), bias.detach())
     for _ in range(3):  # before and after packing
-        opcheck(linear, (x, *frozen, "gelu"))
-        opcheck(linear, (x, weight, bias, "relu"))
-        opcheck(linear, (x, frozen[0].t().contiguous(), None, "gelu_tanh", True))
+        opcheck(operator, (x, *frozen, "gelu", False, *ANY))
+        opcheck(operator, (x, weight, bias, "relu"))
+        opcheck(operator, (x, frozen[0].t().contiguous(), None, "gelu_tanh", True, *ANY))
         opcheck(conv, (image, kernel, None, None, *PLAIN, "none"))
         opcheck(conv, (image, kernel, torch.randn(4), other, *PLAIN, "relu"))
         with torch.no_grad():
@@ -208,6 +216,22 @@ def test_rows_outside_of_the_range_run_plain_bitwise():
         assert packed.packed_bytes(weight) > 0
 
 
+def test_rows_by_size_and_threads(monkeypatch):
+    assert packed.rows(64, 64, 1) is None and packed.rows(64, 64, 2) is None
+    assert packed.rows(768, 768, 1) is None and packed.rows(768, 768, 2) == (2, 128)
+    assert packed.rows(2048, 2048, 1) == (2, 64) and packed.rows(2048, 2048, 8) == (1, 160)
+    monkeypatch.setattr(packed, "rows", lambda features, inputs, threads: (2, 4) if threads == 1 else (3, 3))
+    weight, _ = _layer()
+    for threads, between in ((1, (2, 4)), (2, (3, 3))):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for count in range(1, 6):
+            packed.release()
+            for _ in range(2):
+                with torch.no_grad():
+                    operator(torch.randn(count, 24), weight)
+            assert (packed.packed_bytes(weight) > 0) == (between[0] <= count <= between[1])
+
+
 def test_gradients_are_those_of_the_plain_operators():
     weight, bias = _layer(dtype=torch.float64)
     x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
@@ -272,7 +296,7 @@ def test_dynamic_shapes_in_export_and_compile():
         gm = torch.export.export(net, inputs, dynamic_shapes=shapes, strict=False).module()
         compiled = torch.compile(net, backend="aot_eager", dynamic=True, fullgraph=True)
         targets = [n.target for n in gm.graph.nodes]
-        assert targets.count(linear) == targets.count(conv) == 1
+        assert targets.count(operator) == targets.count(conv) == 1
         for batch, rows, height in ((1, 7, 9), (5, 2, 6), (1, 7, 9), (1, 7, 9)):
             x = torch.randn(batch, rows, 24), torch.randn(batch, 2, height, 8)
             for run in (gm, compiled):
