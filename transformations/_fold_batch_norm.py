@@ -70,13 +70,20 @@ class BatchNormRewrite(Rewrite):
 
     def rewrite(self, at: Site, x: Node, **bindings: Any) -> Node:
         fold = _Fold.of(at, **bindings)
+        weight, bias = self.parameters(at, **bindings)
+        return at.emit(fold.op, x, weight, bias, **fold.options)
+
+    @staticmethod
+    def parameters(at: Site, **bindings: Any) -> tuple[New, New]:
+        """The folded weight and bias, trained where an old one is."""
+        fold = _Fold.of(at, **bindings)
         weight, bias = fold.folded()
         path = at.path(fold.w)
         bias_path = at.path(fold.b) if fold.b is not None else f"{path.rpartition('.')[0]}.bias".lstrip(".")
         if isinstance(old := fold.tensor(fold.w), nn.Parameter):
             trained = any(fold.tensor(v).requires_grad for v in (fold.b, fold.beta) if v is not None)
             weight, bias = nn.Parameter(weight, old.requires_grad), nn.Parameter(bias, trained)
-        return at.emit(fold.op, x, New(weight, path), New(bias, bias_path), **fold.options)
+        return New(weight, path), New(bias, bias_path)
 
     def misses(self, gm: GraphModule) -> Iterator[Miss]:
         """The batch normalisations, and the layers after one, that stay, each with the reason."""
@@ -165,7 +172,8 @@ def _per_channel(weight: Tensor, factors: Tensor, axis: int, groups: int) -> Ten
 
 def _other_channels(fold: _Fold, x: Node) -> str | None:
     """Why dimension 1, which a normalisation takes for the channels, may be another than the layer's."""
-    layer, norm = sorted(fold.at.match.nodes[:2], key=lambda n: _is_norm(fold.at.gm, n))
+    layer = next(n for n in fold.at.match.nodes if _operation(fold.at.gm, n) is fold.op)
+    norm = next(n for n in fold.at.match.nodes if _is_norm(fold.at.gm, n))
     between, wanted = (x if fold.norm_first else layer), _DIMENSIONS[fold.op]
     value = fold.at.value(between)
     if value is not None and value.dim() == wanted:
