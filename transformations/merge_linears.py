@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,8 @@ class MergeLinears(ReversibleTransformation):
 
     Within rounding: the wide product may sum in another order.
 
-    Also ``addmm`` with constant matrices, as GPT-2 has it.  Layers without a bias get zeros where others have one.  What
-    is returned by the graph, or written to in place, stays as it is: the parts share memory.
+    Also ``addmm`` with constant matrices, as GPT-2 has it.  Layers without a bias get zeros where others have one.
+    What is returned by the graph, or written to in place, stays as it is: the parts share memory.
     """
 
     preserves_computation = True
@@ -237,7 +237,7 @@ def _joined_path(paths: Sequence[str]) -> str:
         joined = "_".join(dict.fromkeys(names)) if len(set(names)) > 1 else f"{leaf}_merged"
         return f"{owners[0]}.{joined}".lstrip(".")
     split = [o.split(".") for o in owners]
-    common = os.path.commonprefix(split)
+    common = [names[0] for names in itertools.takewhile(lambda n: len(set(n)) == 1, zip(*split, strict=False))]
     names = list(dict.fromkeys("_".join(s[len(common) :]) for s in split))
     return ".".join([*common, "_".join(n for n in names if n), leaf])
 

@@ -214,7 +214,7 @@ def test_what_was_trained_is_carried_back(dialect, bias):
     gm(*X).sum().backward()
     optimizer.step()
     y = gm(*X)
-    with pytest.raises(Conflict, match="made .*q_k_v.weight.*, edited since"):
+    with pytest.raises(Conflict, match=r"made .*q_k_v.weight.*, edited since"):
         MergeLinears().reverse(gm)
     trained = copy.deepcopy(gm)
     MergeLinears().reverse(gm, edited="carry")
