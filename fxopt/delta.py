@@ -190,8 +190,12 @@ def diff(before: Snapshot, after: Snapshot) -> Delta:
     return dataclasses.replace(found, bridges=_bridges(found, after), ties=_ties(found, after))
 
 
+def _renamed(before: Snapshot, after: Snapshot) -> bool:
+    return any(before.names.get(n, name) != name for n, name in after.names.items())
+
+
 def _diff_nodes(before: Snapshot, after: Snapshot) -> dict[str, tuple[Record | None, Record | None]]:
-    renamed = any(before.names.get(n, name) != name for n, name in after.names.items())
+    renamed = _renamed(before, after)
     changed: dict[str, tuple[Record | None, Record | None]] = {}
     for key, new in after.raw.items():
         old = before.raw.get(key)
@@ -218,14 +222,19 @@ def _diff_metas(before: Snapshot, after: Snapshot) -> dict[str, Pair]:
     for key, new in after.metas.items():
         old = before.metas.get(key)
         if old is None:
-            found[key] = (None, new)
+            found[key] = (None, kept_meta(new, after))
             continue
         if mutated and any(id(v) in mutated for v in old.values()):
-            old = {k: mutated.get(id(v), v) for k, v in old.items()}
+            old = kept_meta(old, before)
         if not same_meta(old, new):
-            found[key] = (old, new)
-    found |= {k: (old, None) for k, old in before.metas.items() if k not in after.metas}
+            found[key] = (kept_meta(old, before), kept_meta(new, after))
+    found |= {k: (kept_meta(old, before), None) for k, old in before.metas.items() if k not in after.metas}
     return found
+
+
+def kept_meta(meta: Mapping[str, Any], when: Snapshot) -> dict[str, Any]:
+    """``meta`` with what its containers held, which somebody may change later."""
+    return {k: when.containers[id(v)][1] if id(v) in when.containers else v for k, v in meta.items()}
 
 
 def same_meta(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -236,10 +245,10 @@ def same_meta(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _diff_users(before: Snapshot, after: Snapshot) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    found = {}
+    found, renamed = {}, _renamed(before, after)
     for key, new in after.users.items():
         old = before.users.get(key, ())
-        if old != new:
+        if renamed or old != new:
             a, b = tuple(map(before.name, old)), tuple(map(after.name, new))
             if a != b:
                 found[key] = (a, b)

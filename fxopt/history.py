@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxopt import patch
-from fxopt.delta import MARKS, Delta, diff
+from fxopt.delta import MARKS, Delta, diff, kept_meta
 from fxopt.errors import Conflict, FxoptError, IrreversibleEdit, TransformationError, UsageError
 from fxopt.log import Commit, Recordable, commits, foreign, install, kept, put_back, store
 from fxopt.snapshot import Snapshot, graph_of, graphs, node_key, slot_of, snapshot
@@ -142,7 +142,8 @@ def _mark(gm: GraphModule, delta: Delta, before: Snapshot, after: Snapshot, sign
     for key, node in patch.touched_nodes(gm, delta):
         mark(node, signature)
         after.metas[key] = node.meta.copy()
-        delta.metas[key] = (delta.metas[key][0] if key in delta.metas else before.metas.get(key), after.metas[key])
+        old = delta.metas[key][0] if key in delta.metas else before.metas.get(key)
+        delta.metas[key] = (old and kept_meta(old, before), kept_meta(node.meta, after))
 
 
 def mark(node: Node, signature: str) -> None:

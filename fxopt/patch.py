@@ -17,6 +17,7 @@ from fxopt.snapshot import (
     Slot,
     Snapshot,
     by_node,
+    fresh,
     graph_of,
     graphs,
     node_key,
@@ -124,7 +125,7 @@ def _apply_nodes(
         if before is None and after is not None:
             nodes[name] = _create(graph, name, after)
     graph._graph_namespace._base_count = counts
-    for name, (_, after) in changes.items():
+    for name, (before, after) in changes.items():
         if after is None:
             nodes[name].args, nodes[name].kwargs = (), {}
             continue
@@ -134,7 +135,8 @@ def _apply_nodes(
         if node.target is not after.target:
             node.target = after.target
         node.type = after.type
-        node.args, node.kwargs = by_node(after.args, nodes), by_node(after.kwargs, nodes)
+        if before is None or not same((before.args, before.kwargs), (after.args, after.kwargs)):  # else users keep place
+            node.args, node.kwargs = by_node(after.args, nodes), by_node(after.kwargs, nodes)
     for name in [n for n, (_, after) in changes.items() if after is None]:
         node = nodes.pop(name)
         graph.erase_node(node)
@@ -161,7 +163,7 @@ def _apply_meta(meta: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, 
     """Change what differs between ``old`` and ``new``; what somebody else wrote there since stays."""
     if same_meta(meta, old):
         meta.clear()
-        meta.update(new)
+        meta.update({k: fresh(v) for k, v in new.items()})
         return
     for key in old.keys() | new.keys():
         if key == MARKS:
@@ -170,7 +172,7 @@ def _apply_meta(meta: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, 
             continue
         elif (key in meta) == (key in old) and (key not in old or meta[key] is old[key] or same(meta[key], old[key])):
             if key in new:
-                meta[key] = new[key]
+                meta[key] = fresh(new[key])
             else:
                 del meta[key]
 

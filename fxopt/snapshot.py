@@ -321,6 +321,11 @@ def same(a: Any, b: Any) -> bool:
         return False
 
 
+def fresh(value: Any) -> Any:
+    """``value``, or a copy of it if it can be changed in place."""
+    return value.copy() if type(value) in _CONTAINERS else value
+
+
 def same_container(a: Any, b: Any) -> bool:
     """Whether two containers hold the same things in the same order."""
     if len(a) != len(b) or type(a) is not type(b):
