@@ -46,6 +46,7 @@ _DEFAULT: tuple[tuple[str, dict[str, Any]], ...] = (
     ("FuseRMSNorm", {}),
     ("FuseAddLayerNorm", {}),
     ("FuseLayerNormLinearLayerNorm", {}),
+    ("FoldLayerNormAffine", {}),
     ("MergeGateUp", {}),
     ("FuseSwiGLU", {}),
     ("MergeLinears", {}),
@@ -67,19 +68,20 @@ _INTRODUCES = {
     "FuseLinearReLU": "linear_relu",
     "FuseLinearGELU": "linear_gelu",
 }
-_CPU_ONLY = frozenset({"PackWeights"})
+_CPU_ONLY = ("PackWeights",)
 
 
 def default(device_type: str) -> list[Transformation]:
     """The default pipeline on "cpu" or "cuda": what preserves the computation and never loses there."""
     known = catalogue()
-    return [
-        known[name](**options)
-        for name, options in _DEFAULT
-        if name in known
-        and (name not in _INTRODUCES or pays(_INTRODUCES[name], device_type))
-        and (name not in _CPU_ONLY or device_type == "cpu")
-    ]
+    out = left_out(device_type)
+    return [known[name](**options) for name, options in _DEFAULT if name in known and name not in out]
+
+
+def left_out(device_type: str) -> tuple[str, ...]:
+    """The fusions that bring nothing on "cpu" or "cuda", as far as was measured, and stay out of the default there."""
+    names = [name for name, operator in _INTRODUCES.items() if not pays(operator, device_type)]
+    return (*names, *(() if device_type == "cpu" else _CPU_ONLY))
 
 
 def equation(kind: type[Transformation]) -> str:

@@ -34,6 +34,7 @@ class Report:
     results: Mapping[str, Result]
     verification: Verification
     comparison: Comparison | None
+    default: bool = False  # whether the passes are those of the default pipeline
 
     @property
     def state(self) -> Optimized:
@@ -68,6 +69,8 @@ class Report:
         for name, result in self.results.items():
             title = f"{self.name}: {name}, {self.state.graphs[name].meta['fxopt.capture']}"
             parts += [Text(title, style="bold"), result]
+        if out := catalogue.left_out(_device(self.model).type) if self.default else ():
+            parts.append(Text(f"left out, for they bring nothing on this device: {', '.join(out)}", style="dim"))
         parts += [Text(f"eager from the start: {note}", style="yellow") for note in self.state.notes]
         parts.append(self._summary())
         return Group(*parts)
@@ -123,8 +126,7 @@ def optimize(
     show: bool | None = None,
 ) -> Report:
     """Run the passes over every graph of ``model``, each step verified and timed, and compare the result with eager."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    steps = default_passes(device) if passes == "default" else catalogue.parse(passes)
+    steps = default_passes(_device(model)) if passes == "default" else catalogue.parse(passes)
     pipeline = compose(
         *steps,
         verify=True,
@@ -142,7 +144,11 @@ def optimize(
     before, after = _function(model), _function(result)
     verification = verify(before, after, dict(given), rtol=rtol, atol=atol)
     comparison = benchmark(before, after, dict(given), rounds=rounds, warmup=warmup) if benchmarked else None
-    return Report(name, result, dict(state.results), verification, comparison)
+    return Report(name, result, dict(state.results), verification, comparison, passes == "default")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _function(model: nn.Module) -> Callable[..., Any]:
