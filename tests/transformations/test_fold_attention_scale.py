@@ -79,8 +79,8 @@ def test_the_scale_goes_into_the_projection(scores, bias):
         factor = 1 / 3.0 if scores is divided else 0.3
         path = next(n for n, _ in gm.named_parameters() if n.startswith("q") and n.endswith("weight"))
         torch.testing.assert_close(dict(gm.named_parameters())[path], weight * factor)
-        numbers = [
-            n
+        arguments = [a for n in gm.graph.nodes for a in n.args if isinstance(a, float)]
+        assert not {0.3, 3.0}.intersection(arguments), dialect
             for n in gm.graph.nodes
             if n.op != "placeholder" and any(isinstance(a, float) and a in (0.3, 3.0) for a in n.args)
         ]
