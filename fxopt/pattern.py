@@ -183,7 +183,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _match_any(gm: GraphModule, pattern: AnyOf, value: Any, found: Match, shared: bool) -> Miss | None:
-    deepest: tuple[tuple[int, bool], Miss] | None = None
+    deepest: tuple[tuple[int, bool], Miss, Match] | None = None
     for term, binds in zip(pattern.terms, pattern.binds, strict=True):
         trial = found.trial()
         miss = _match(gm, term, value, trial, shared)
@@ -193,8 +193,11 @@ def _match_any(gm: GraphModule, pattern: AnyOf, value: Any, found: Match, shared
             return None
         depth = (len(trial.nodes), miss.node is not found.root)  # the term that came furthest says why
         if deepest is None or depth > deepest[0]:
-            deepest = (depth, miss)
-    return None if deepest is None else deepest[1]
+            deepest = (depth, miss, trial)
+    if deepest is None:
+        return None
+    found.nodes = deepest[2].nodes
+    return deepest[1]
 
 
 def _match_call(gm: GraphModule, pattern: Apply, node: Any, found: Match, shared: bool) -> Miss | None:
@@ -227,7 +230,8 @@ def _match_call(gm: GraphModule, pattern: Apply, node: Any, found: Match, shared
         if again is None:
             found.keep(trial)
             return None
-        missed, reached = missed or again, max(reached, trial.nodes, key=len)
+        if missed is None or len(trial.nodes) > len(reached):
+            missed, reached = again, trial.nodes
     found.nodes = reached  # how far it came, for `_match_any`
     return missed
 
@@ -249,10 +253,22 @@ def _refuse_inplace(gm: GraphModule, pattern: Apply, call: ops.Call, node: Node)
     """A write in place is as good as none when what it writes to is a fresh value that only this node reads."""
     first = call.op.parameters[0]
     target = call.arguments[first]
-    fresh = isinstance(target, Node) and isinstance(pattern.arguments.get(first), Apply | AnyOf)
-    if fresh and len(target.users) == 1 and ops.may_alias(gm, target) is target and target.op != "placeholder":
+    operands = call.op.parameters[:2] if call.op.commutative else (first,)
+    inside = any(isinstance(pattern.arguments.get(n), Apply | AnyOf) for n in operands)
+    if inside and isinstance(target, Node) and _fresh(gm, target):
         return None
     return Miss(node, f"{node} writes to {target} in place")
+
+
+def _fresh(gm: GraphModule, node: Node) -> bool:
+    """Whether nothing but its one user can see the memory of ``node``, also where that was written to before."""
+    while len(node.users) == 1:
+        call = ops.read(gm, node)
+        target = call.arguments[call.op.parameters[0]] if call is not None and call.inplace else None
+        if not isinstance(target, Node):
+            return ops.may_alias(gm, node) is node and node.op != "placeholder"
+        node = target
+    return False
 
 
 def _crossed_write(gm: GraphModule, found: Match) -> Miss | None:

@@ -43,7 +43,7 @@ def test_without_a_bias():
 
 def test_dynamic_sizes_channels_last_and_bfloat16():
     model = nn.Sequential(conv(), nn.ReLU())
-    dynamic = ({i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)},)
+    dynamic = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
     found = rewrites(FuseConvReLU(), model, X, None, count=1, dialects=("aten",), dynamic=dynamic)
     assert found["aten"](torch.randn(3, 4, 10, 12)).shape == (3, 6, 8, 10)
     rewrites(FuseConvReLU(), model, (X[0].to(memory_format=torch.channels_last),), None, count=1)
@@ -68,17 +68,27 @@ def written_between(s, x):
 
 @cases(
     ("padding by name", nn.Sequential(conv(padding="same"), nn.ReLU()), X, "padding is 'same'"),
-    ("padding by reflection", nn.Sequential(conv(padding=1, padding_mode="reflect"), nn.ReLU()), X,
-     "padding_mode='reflect'", MODULE),
+    (
+        "padding by reflection",
+        nn.Sequential(conv(padding=1, padding_mode="reflect"), nn.ReLU()),
+        X,
+        "padding_mode='reflect'",
+        MODULE,
+    ),
     ("the map is used twice", fn(used_twice, c=conv()), X, "has other users"),
     ("x changes in between", fn(written_between, c=conv()), X, "writes in place"),
     ("a sum in between", fn(lambda s, x: F.relu(s.c(x) + 1), c=conv()), X, "is not conv"),
-    ("a normalisation in between", nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()), X, "is not conv",
-     {"dialects": ("module", "aten")}),
+    (
+        "a normalisation in between",
+        nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()),
+        X,
+        "is not conv",
+        {"dialects": ("module", "aten")},
+    ),
     ("transposed", nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.ReLU()), X, "is not conv"),
     ("hooks", nn.Sequential(hooked(conv()), nn.ReLU()), X, "has hooks", MODULE),
     ("another activation", nn.Sequential(conv(), nn.LeakyReLU()), X, None),
-)  # fmt: skip
+)
 def test_near_misses(model, inputs, reason, options):
     unchanged(FuseConvReLU(), model, inputs, reason, **options)
 

@@ -88,14 +88,18 @@ def written_between(s, x):
     ("the product is used twice", fn(used_twice, l=linear()), X, "has other users"),
     ("x changes in between", fn(written_between, l=linear()), X, "writes in place"),
     ("no linear", fn(lambda x: F.gelu(x * 2)), X, "is not linear"),
-    ("transposed", fn(lambda s, x: F.gelu(torch.addmm(s.b, x, s.w)), w=torch.randn(8, 4), b=torch.randn(4)),
-     (torch.randn(3, 8),), "is not linear"),
+    (
+        "transposed",
+        fn(lambda s, x: F.gelu(torch.addmm(s.b, x, s.w)), w=torch.randn(8, 4), b=torch.randn(4)),
+        (torch.randn(3, 8),),
+        "is not linear",
+    ),
     ("a sum in between", fn(lambda s, x: F.gelu(s.l(x) + 1), l=linear()), X, "is not linear"),
     ("another layout in between", fn(lambda s, x: F.gelu(s.l(x).flatten()), l=linear()), X, "is not linear"),
     ("hooks", nn.Sequential(hooked(linear()), nn.GELU()), X, "has hooks", MODULE),
     ("a subclass", nn.Sequential(Subclass(8, 4), nn.GELU()), X, "is not linear|subclass of Linear", MODULE),
     ("relu", fn(lambda s, x: s.l(x).relu(), l=linear()), X, None),
-)  # fmt: skip
+)
 def test_near_misses(model, inputs, reason, options):
     unchanged(FuseLinearGELU(), model, inputs, reason, **options)
 
