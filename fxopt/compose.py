@@ -20,7 +20,7 @@ from fxopt.benchmark import Comparison
 from fxopt.benchmark import benchmark as compare
 from fxopt.delta import graphs, share
 from fxopt.errors import FxoptError, TransformationError, UsageError, VerificationError
-from fxopt.history import Edited, atomic, commits, find, history, to_html, undo
+from fxopt.history import Edited, atomic, commits, find, history, to_html, to_text, undo
 from fxopt.shapes import propagate
 from fxopt.transformation import ReversibleTransformation, Transformation
 from fxopt.verify import Baseline, Verification
@@ -83,6 +83,9 @@ class Result:
             "total": None if self.total is None else self.total.to_json(),
             "verification": None if self.verification is None else self.verification.to_json(),
         }
+
+    def __repr__(self) -> str:
+        return to_text(self)
 
     def __rich__(self) -> Group:
         timed = any(s.in_sequence for s in self.steps) or self.total is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,19 +140,10 @@ def optimize(
     pipeline.show = False if show is None else show
     result = optimize_model(model, pipeline, dict(given))
     state: Optimized = result.__dict__["fxopt"]
-    # As functions: both questions put copies in the place of a module's parameters, and its graphs would step back.
-    before, after = _function(model), _function(result)
-    verification = verify(before, after, dict(given), rtol=rtol, atol=atol)
-    comparison = benchmark(before, after, dict(given), rounds=rounds, warmup=warmup) if benchmarked else None
+    verification = verify(model, result, dict(given), rtol=rtol, atol=atol)
+    comparison = benchmark(model, result, dict(given), rounds=rounds, warmup=warmup) if benchmarked else None
     return Report(name, result, dict(state.results), verification, comparison, passes == "default")
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _function(model: nn.Module) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    return run

@@ -558,6 +558,18 @@ class History(Sequence[Entry]):
         return to_html(self)
 
 
+def to_text(renderable: Any) -> str:
+    """What rich would print, without colours."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get().rstrip()
+
+
 def to_html(renderable: Any) -> str:
     """What rich would print, as HTML for a notebook."""
     import io

@@ -96,3 +96,10 @@ def test_the_model_is_untouched(model, inputs):
     fxopt.optimize(model, example_inputs=inputs)
     assert state(model) == held and torch.equal(embed(model, inputs), expected)
     assert not hasattr(model, "fxopt")
+
+
+def test_an_optimised_model_is_verified_on_its_graphs(model, inputs):
+    fast = fxopt.optimize(model, example_inputs=inputs)
+    before = sum(fast.fxopt.calls.values())
+    assert fxopt.verify(model, fast, inputs).ok
+    assert sum(fast.fxopt.calls.values()) > before and not fast.fxopt.fallbacks
