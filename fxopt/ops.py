@@ -454,15 +454,13 @@ def writes(gm: GraphModule, node: Node) -> tuple[Node, ...]:
         written = [call.arguments[n] for n in (call.op.writes(call.arguments) if call.op.writes else ())]
         if call.inplace:
             written.append(call.arguments[call.op.parameters[0]])
-        if "out" in node.kwargs:
-            written.append(node.kwargs["out"])
         return tuple(n for n in written if isinstance(n, Node))
     if node.op in ("placeholder", "get_attr", "output"):
         return ()
     if isinstance(node.target, OpOverload):
         return _written_by_schema(node)
-    if node.op == "call_function" and _harmless_function(node.target) and "out" not in node.kwargs:
-        return ()
+    if node.op == "call_function" and _harmless_function(node.target):
+        return tuple(n for n in _flat(node.kwargs.get("out")) if isinstance(n, Node))
     if node.op == "call_module" and type(submodule(gm, str(node.target))).__name__ == "GuardsFn":
         return ()  # torch.export's own check of the inputs
     if node.op == "call_method" and _harmless_method(str(node.target)):
@@ -481,9 +479,7 @@ def effectful(gm: GraphModule, node: Node) -> bool:
     call = read(gm, node)
     if call is not None:
         draws = call.op.effect or (call.op.random is not None and call.op.random(call.arguments))
-        return bool(
-            draws or call.inplace or "out" in node.kwargs or (call.op.writes and call.op.writes(call.arguments))
-        )
+        return bool(draws or call.inplace or (call.op.writes and call.op.writes(call.arguments)))
     if isinstance(node.target, OpOverload):
         named = node.target._schema.name.rpartition("::")[2]
         random = torch.Tag.nondeterministic_seeded in node.target.tags
