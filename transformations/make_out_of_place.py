@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.fx.node import map_aggregate
+from torch.fx import GraphModule, Node
 
 from fxopt import ops
 from fxopt.delta import graphs
 from fxopt.pattern import Miss
-from fxopt.shapes import infer
 from fxopt.transformation import ReversibleTransformation, exists, set_submodule
+from fxopt.transformations._inference import alike, inferred
 from fxopt.transformations._memory import Memory, value
 
 
@@ -123,44 +121,17 @@ def _unspeakable(call: ops.Call) -> str | None:
 
 def _other_value(gm: GraphModule, node: Node, call: ops.Call, target: Node) -> str | None:
     """Why the operation out of place would not give just what the one in place leaves: it takes the type of ``x``."""
-    held, new = value(target), _inferred(gm, call)
-    others = [n for n in node.all_input_nodes if n is not target]
-    if not isinstance(held, torch.Tensor) or new is None:
+    held, new = value(target), inferred(gm, call)
+    if not isinstance(held, torch.Tensor) or not isinstance(new, torch.Tensor):
         # an operation of one tensor and numbers is valid in place only if the type stays
-        return (
-            None if not others else f"the shapes and dtypes at {node} are not known; call fxopt.propagate(gm, inputs)"
-        )
+        others = [n for n in node.all_input_nodes if n is not target]
+        return f"the shapes and dtypes at {node} are not known; call fxopt.propagate(gm, inputs)" if others else None
     if new.dtype != held.dtype:
         return f"{node} casts its result of {new.dtype} to {held.dtype}"
-    if new.dim() != held.dim() or not all(map(_equal, new.shape, held.shape)):
-        return f"{node} has the shape {tuple(new.shape)} out of place, and {tuple(held.shape)} in place"
-    if not all(map(_equal, new.stride(), held.stride())):
-        return f"{node} lies otherwise in memory out of place: strides {new.stride()}, not {held.stride()}"
+    if not alike(new, held):
+        there, here = (f"{tuple(v.shape)} with strides {v.stride()}" for v in (new, held))
+        return f"{node} lies otherwise in memory out of place: {there}, not {here}"
     return None
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)
-
-
-def _inferred(gm: GraphModule, call: ops.Call) -> torch.Tensor | None:
-    """The value of ``call`` out of place, tried in a graph of its own."""
-    scratch = Graph()
-
-    def stand_in(v: Any) -> Any:
-        if not isinstance(v, Node):
-            return v
-        made = scratch.placeholder(v.name)
-        held = value(v)
-        made.meta["val"] = ops.constant(gm, v) if held is None else held
-        return made
-
-    if any(isinstance(v, ops.Attr) for v in call.arguments.values()):
-        return None
-    arguments = {n: map_aggregate(v, stand_in) for n, v in call.arguments.items()}
-    dialect: ops.Dialect = "function" if call.dialect == "module" else call.dialect
-    found = infer(gm, call.op.emit(scratch, dialect, **arguments))
-    return found if isinstance(found, torch.Tensor) else None
 
 
 def _respell(gm: GraphModule, node: Node) -> None:
