@@ -32,6 +32,7 @@ def own(gm: GraphModule) -> None:
     """
     token: Owner = gm.__dict__.setdefault(OWNER, Owner())
     copies: dict[int, nn.Module] = {}
+    originals: list[nn.Module] = []  # kept alive, or another module may get the id of one that was replaced
     waiting: list[nn.Module] = [gm]
     seen: set[int] = set()
     while waiting:
@@ -45,6 +46,7 @@ def own(gm: GraphModule) -> None:
             if child.__dict__.get(OWNER) is not token and child is not gm:
                 if id(child) not in copies:
                     copies[id(child)] = _clone(child, token)
+                    originals.append(child)
                 module._modules[name] = child = copies[id(child)]
             if child.__dict__.get(OWNER) is token:
                 waiting.append(child)
