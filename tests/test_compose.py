@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxopt import vocabulary
 from fxopt.compose import Pipeline, adopt, compose, repeat
 from fxopt.errors import TransformationError, UsageError, VerificationError
 from fxopt.history import history
+from fxopt.ops import read
 from fxopt.text import show
 from fxopt.transformation import ReversibleTransformation, Transformation
 from fxopt.transformations import ChangeTrueDivToMulByInverse, EliminateDropout
@@ -39,8 +41,7 @@ class Wrong(ReversibleTransformation):
     preserves_computation = True
 
     def transform(self, graph_module):
-        wanted = (operator.mul, torch.ops.aten.mul.Tensor)
-        found = [n for n in graph_module.graph.nodes if n.target in wanted]
+        found = [n for n in graph_module.graph.nodes if (call := read(graph_module, n)) and call.op is vocabulary.mul]
         for node, factor in zip(found, (1.0, 1.5), strict=True):
             node.args = (node.args[0], node.args[1] * factor + 0.0 * factor)
             node.update_kwarg("out", None) if factor < 0 else None
@@ -110,7 +111,7 @@ def test_a_wrong_step_raises_and_nothing_stays(gm):
 
 def test_the_guilty_rewrite_is_named(gm):
     DIV(gm)
-    second = [n.name for n in gm.graph.nodes if n.target in (operator.mul, torch.ops.aten.mul.Tensor)][1]
+    second = [n.name for n in gm.graph.nodes if (call := read(gm, n)) and call.op is vocabulary.mul][1]
     with pytest.raises(VerificationError) as caught:
         compose(Wrong(), verify=True, example_inputs=X)(gm)
     id_ = str(caught.value).split("by its rewrite Wrong()@")[1].split()[0]
@@ -149,7 +150,7 @@ def test_every_step_is_timed_in_sequence_and_alone(gm):
         assert step.in_sequence.ratio > 0 and step.alone.ratio > 0
     assert result.total.ratio > 0
     table = result._repr_html_()
-    assert "EliminateDropout()" in table and "latency" in table
+    assert "EliminateDropout" in table and "latency" in table
 
 
 def test_questions_need_inputs(gm):
