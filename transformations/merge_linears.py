@@ -185,7 +185,7 @@ class _Reads:
                 alike.setdefault(tuple(self._kind(layer).values()), []).append(layer)
         for members in alike.values():
             if len(members) > 1:
-                yield self._group(members)
+                yield from self._group(members)
             else:
                 yield Miss(members[0].node, self._alone(members[0], [m[0] for m in alike.values() if m is not members]))
 
@@ -202,9 +202,14 @@ class _Reads:
             return f"{path_of(layer.weight)} is no matrix, or the bias of {node} no vector of its type and size"
         if self._memory.last_write(node) > self._memory.position[node]:
             return f"{node} may be written to in place after it was computed; MakeOutOfPlace may help"
-        whole = _fake_rows(value(node), 2 * features)
+        return None
+
+    def _unreadable(self, layer: _Linear) -> str | None:
+        """Why the result of ``layer`` may not be a part of a larger tensor."""
+        features = _size(self._gm, layer)
+        whole = _fake_rows(value(layer.node), 2 * features)
         part = None if whole is None else whole[..., :features]
-        result = relaid(self._gm, {node: part}, self._memory.position)
+        result = relaid(self._gm, {layer.node: part}, self._memory.position)
         return result if isinstance(result, str) else None
 
     def _shared(self, node: Node, x: Any) -> str | None:
@@ -238,17 +243,27 @@ class _Reads:
             return f"{layer.node} and {other.node} read one input, but differ in {differing}"
         return f"every other layer that reads {layer.x} stays"
 
-    def _group(self, layers: list[_Linear]) -> _Group | Miss:
+    def _group(self, layers: list[_Linear]) -> Iterator[_Group | Miss]:
         sizes = tuple(_size(self._gm, layer) for layer in layers)
         whole = _fake_rows(value(layers[0].node), sum(sizes))
         parts = (None,) * len(sizes) if whole is None else tuple(whole.split(sizes, -1))
         changed = dict(zip((layer.node for layer in layers), parts, strict=True))
         result = relaid(self._gm, changed, self._memory.position)
-        return (
-            Miss(layers[0].node, result)
-            if isinstance(result, str)
-            else _Group(tuple(layers), sizes, whole, parts, result)
-        )
+        if not isinstance(result, str):
+            yield _Group(tuple(layers), sizes, whole, parts, result)
+            return
+        reasons = [self._unreadable(layer) for layer in layers]
+        left = [layer for layer, reason in zip(layers, reasons, strict=True) if reason is None]
+        if len(left) == len(layers):  # they can only not all be parts of one
+            yield Miss(layers[0].node, result)
+            return
+        for layer, reason in zip(layers, reasons, strict=True):
+            if reason is not None:
+                yield Miss(layer.node, reason)
+        if len(left) > 1:
+            yield from self._group(left)
+        elif left:
+            yield Miss(left[0].node, f"every other layer that reads {left[0].x} stays")
 
 
 def _size(gm: GraphModule, layer: _Linear) -> int:

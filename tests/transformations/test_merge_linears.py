@@ -264,6 +264,15 @@ def test_the_others_are_merged_all_the_same():
     assert [n.target for n in gm.graph.find_nodes(op="call_module")] == ["l0_l1", "l2"]
 
 
+def test_the_others_are_merged_where_one_cannot_be_a_part():
+    model = fn(
+        lambda m, x: (m.a(x).view(-1), m.b(x).exp(), m.c(x).exp()),
+        a=nn.Linear(8, 3), b=nn.Linear(8, 2), c=nn.Linear(8, 1),
+    )  # fmt: skip
+    for gm in rewrites(T, model, X, None, count=1).values():
+        assert {n.rpartition(".")[0] for n, _ in gm.named_parameters()} == {"a", "b_c"}
+
+
 @pytest.mark.parametrize("change,reason", [
     (lambda m: m.l0.requires_grad_(False), "whether they are trained"),
     (lambda m: m.l0.weight.requires_grad_(False), "whether they are trained"),
