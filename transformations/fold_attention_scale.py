@@ -181,7 +181,7 @@ class _Scaled:
 def _number(call: Call) -> float | None:
     """The number that ``call`` multiplies by."""
     other = call.arguments.get("other")
-    if isinstance(other, bool) or not isinstance(other, int | float) or not math.isfinite(other) or other == 0:
+    if isinstance(other, bool) or not isinstance(other, int | float) or not math.isfinite(other) or other in (0, 1):
         return None
     if call.op is ops.mul:
         return float(other)

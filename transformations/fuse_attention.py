@@ -22,11 +22,12 @@ _SCALED = AnyOf(
     (_SCORES, {"factor": 1.0, "divided": False}),
 )
 _MASKED = AnyOf(
-    (ops.add(_SCALED, Tensor("mask")), {"hidden": None}),
-    (ops.masked_fill(_SCALED, Tensor("mask"), Number("hidden")), {"shown": False}),
-    (ops.where(Tensor("mask"), _SCALED, Number("hidden")), {"shown": True}),
-    (ops.where(Tensor("mask"), Number("hidden"), _SCALED), {"shown": False}),
-    (_SCALED, {"mask": None, "hidden": None}),
+    (ops.add(ops.add(_SCALED, Tensor("bias")), Tensor("mask")), {"hidden": None}),  # T5's bias for the distance
+    (ops.add(_SCALED, Tensor("mask")), {"bias": None, "hidden": None}),
+    (ops.masked_fill(_SCALED, Tensor("mask"), Number("hidden")), {"bias": None, "shown": False}),
+    (ops.where(Tensor("mask"), _SCALED, Number("hidden")), {"bias": None, "shown": True}),
+    (ops.where(Tensor("mask"), Number("hidden"), _SCALED), {"bias": None, "shown": False}),
+    (_SCALED, {"bias": None, "mask": None, "hidden": None}),
 )
 _WIDENED = AnyOf(ops.to(_MASKED, dtype=torch.float32), _MASKED)
 _SOFTMAX = ops.softmax(_WIDENED, Var("dim"), Var("dtype"))
@@ -49,9 +50,9 @@ class FuseAttention(Rewrite):
 
     Within rounding: the fused operator sums in another order, and in half precision keeps the scores in float32.
 
-    Also ``/ s``, no scale, no mask, ``masked_fill`` and ``where`` with a large negative number, a softmax computed in
-    float32, and dropout outside of training.  Where a mask adds -inf to a whole row, eager gives NaN and the fused
-    operator 0; a ``masked_fill`` with -inf is refused for that reason.
+    Also ``/ s``, no scale, no mask, a bias besides the mask, ``masked_fill`` and ``where`` with a large negative
+    number, a softmax computed in float32, and dropout outside of training.  Where a mask adds -inf to a whole row,
+    eager gives NaN and the fused operator 0; a ``masked_fill`` with -inf is refused for that reason.
     """
 
     pattern = ops.matmul(_DROPPED, Tensor("v"))
@@ -81,6 +82,8 @@ class FuseAttention(Rewrite):
         if bound["hidden"] is not None:
             hidden = float(bound["hidden"])
             mask = at.emit(ops.where, mask, 0.0, hidden) if bound["shown"] else at.emit(ops.where, mask, hidden, 0.0)
+        if bound["bias"] is not None:
+            mask = at.emit(ops.add, bound["bias"], mask)
         query = at.value(q)
         assert query is not None
         default = isinstance(query.shape[-1], int) and scale == 1 / math.sqrt(query.shape[-1])
@@ -119,24 +122,28 @@ def _check_types(query: torch.Tensor, bound: dict[str, Any]) -> str | None:
 def _check_mask(at: Site, query: torch.Tensor, key: torch.Tensor, bound: dict[str, Any]) -> str | None:
     if bound["mask"] is None:
         return None
-    mask = at.value(bound["mask"])
-    if mask is None:
+    mask, bias = at.value(bound["mask"]), at.value(bound["bias"])
+    if mask is None or (bias is None and bound["bias"] is not None):
         return "the shape of its mask is not known; call fxopt.propagate(gm, inputs)"
     scores = (*query.shape[:-1], key.shape[-1])
-    if mask.dim() > len(scores) or mask.dim() < 2:
-        return f"its mask has {mask.dim()} dimensions, expected 2 to {len(scores)}"
-    for size, wanted in zip(reversed(mask.shape), reversed(scores), strict=False):
-        if not (_same(size, wanted) or _same(size, 1)):
-            return f"its mask of shape {tuple(mask.shape)} does not fit scores of shape {scores}"
+    for added in (mask,) if bias is None else (bias, mask):
+        if reason := _misfit(added, scores, query.dtype if bound["hidden"] is None else torch.bool):
+            return reason
     hidden = bound["hidden"]
     if hidden is None:
-        same = mask.dtype is query.dtype
-        return None if same else f"its mask is {mask.dtype}, expected {query.dtype}, which is added to the scores"
-    if mask.dtype is not torch.bool:
-        return f"its mask is {mask.dtype}, expected torch.bool"
+        return None
     if query.dtype is not torch.float32:
         return f"it fills scores of {query.dtype}, expected torch.float32"
     if hidden == -math.inf:
         return "rows that -inf hides in full are NaN, and would be 0"
     # From here on, what is added absorbs the score: both hide the same, and hide a whole row evenly.
     return None if hidden <= -1e12 else f"it hides scores with {hidden}, which is not large enough to absorb them"
+
+
+def _misfit(mask: torch.Tensor, scores: tuple[Any, ...], dtype: torch.dtype) -> str | None:
+    if mask.dim() > len(scores) or mask.dim() < 2:
+        return f"its mask has {mask.dim()} dimensions, expected 2 to {len(scores)}"
+    for size, wanted in zip(reversed(mask.shape), reversed(scores), strict=False):
+        if not (_same(size, wanted) or _same(size, 1)):
+            return f"its mask of shape {tuple(mask.shape)} does not fit scores of shape {scores}"
+    return None if mask.dtype is dtype else f"its mask is {mask.dtype}, expected {dtype}"

@@ -4,24 +4,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-)
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from fxopt.capture import capture
 from fxopt.errors import Conflict
 from fxopt.history import history
 from fxopt.transformations.fold_attention_scale import FoldAttentionScale
 from tests.rewriting import rewrites, trace, unchanged
+from tests.transformations import eager
 
 X = (torch.randn(2, 5, 8),)
 
@@ -238,36 +228,24 @@ def test_half_precision(dtype):
     rewrites(FoldAttentionScale(), model, (X[0].to(dtype),), None, count=1, rtol=2e-2, atol=2e-2)
 
 
-SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-
-
-def eager(kind):
-    ids = {"input_ids": torch.randint(3, 99, (2, 8))}
-    written = {"attn_implementation": "eager"}
-    if kind == "bert":
-        return BertModel(BertConfig(vocab_size=99, **SMALL, **written)), ids, 2
-    if kind == "llama":
-        config = LlamaConfig(vocab_size=99, use_cache=False, num_key_value_heads=1, **SMALL, **written)
-        return LlamaForCausalLM(config), ids, 2
-    if kind == "vit":
-        config = ViTConfig(image_size=16, patch_size=8, **SMALL, **written)
-        return ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 16, 16)}, 2
-    if kind == "gpt2":  # one addmm for query, key and value: what splits it is read by all three
-        config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=99, use_cache=False, **written)
-        return GPT2LMHeadModel(config), ids, 0
+def whisper():
     config = WhisperConfig(
         d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=99, max_source_positions=16, num_mel_bins=8,
         use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     inputs = {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": torch.randint(3, 99, (2, 4))}
-    return WhisperForConditionalGeneration(config), inputs, 6  # scales the query: 2 in the encoder, 2 × 2 after it
+    return WhisperForConditionalGeneration(config), inputs
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "vit", "gpt2", "whisper"])
-def test_in_models(kind):
+# One scale in each attention. GPT-2 has one addmm for query, key and value, and what splits it is read by all three;
+# T5 does not scale; Whisper scales its queries: 2 in the encoder, 2 × 2 in the decoder.
+@pytest.mark.parametrize(
+    ("make", "count"), [(eager.bert, 2), (eager.llama, 2), (eager.vit, 2), (eager.gpt2, 0), (eager.t5, 0), (whisper, 6)]
+)
+def test_in_models(make, count):
     torch.manual_seed(0)
-    model, inputs, count = eager(kind)
+    model, inputs = make()
     gm = capture(model.eval(), inputs)
     code = gm.code
     with torch.no_grad():
@@ -277,7 +255,7 @@ def test_in_models(kind):
         found = gm(**inputs)
     for a, b in zip(_leaves(expected), _leaves(found), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
-    if kind == "gpt2":
+    if make is eager.gpt2:
         assert sum("reads" in m.reason for m in FoldAttentionScale().misses(gm)) == 2
     FoldAttentionScale().reverse(gm)
     assert gm.code == code

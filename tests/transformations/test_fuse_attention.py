@@ -6,11 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from fxopt.capture import capture
 from fxopt.history import history
 from fxopt.shapes import propagate
 from fxopt.transformations.fuse_attention import FuseAttention
 from tests.rewriting import rewrites, unchanged
+from tests.transformations import eager
 
 
 def inputs(dtype=torch.float32, mask=torch.float32, shape=(2, 3, 5, 8)):
@@ -87,7 +90,12 @@ class KeysTransposedElsewhere(Attention):
         return torch.matmul(q, k.permute(0, 1, 3, 2)) * 0.25
 
 
-@pytest.mark.parametrize("kind", (Division, NoScale, NoMask, Float32, T5, KeysTransposedElsewhere))
+class Biased(Attention):
+    def masked(self, scores, mask):
+        return scores + mask[:1, :, :1] + mask
+
+
+@pytest.mark.parametrize("kind", (Biased, Division, NoScale, NoMask, Float32, T5, KeysTransposedElsewhere))
 def test_variants(kind):
     fused(kind())
 
@@ -155,6 +163,16 @@ class MaskOfMoreDimensions(Attention):
         return (scores + mask[None])[0]
 
 
+class BiasOfFiveDimensions(Attention):
+    def masked(self, scores, mask):
+        return (scores + mask[None] + mask)[0]
+
+
+class BiasOfAnotherType(Attention):
+    def masked(self, scores, mask):
+        return scores + (mask > 0) + mask
+
+
 def test_near_misses():
     fuse = FuseAttention()
     unchanged(fuse, OtherDimension(), inputs(), "the softmax is over dimension 1")
@@ -164,7 +182,9 @@ def test_near_misses():
     unchanged(fuse, Broadcast(), inputs(), "it broadcasts")
     unchanged(fuse, Dropped(), inputs(), None)
     unchanged(fuse, MaskOfMoreDimensions(), inputs(), None)
-    unchanged(fuse, Attention(), inputs(mask=torch.float64)[:3] + (torch.zeros(5, 5, dtype=torch.long),), "its mask is")
+    unchanged(fuse, BiasOfFiveDimensions(), inputs(), None)
+    unchanged(fuse, BiasOfAnotherType(), inputs(), "its mask is torch.bool, expected torch.float32")
+    unchanged(fuse, Attention(), (*inputs(mask=torch.float64)[:3], torch.zeros(5, 5, dtype=torch.long)), "its mask is")
 
 
 def test_unknown_shapes_are_a_miss():
@@ -188,3 +208,25 @@ def test_the_same_as_eager_in_any_shape(batch, heads, rows, columns, size, seed)
     FuseAttention()(gm)
     assert len(history(gm)[-1].rewrites) == 1
     torch.testing.assert_close(gm(q, k, v, mask), model(q, k, v, mask), rtol=1e-9, atol=1e-9)
+
+
+# One in each layer; T5 has two layers of self-attention, and two of self- and cross-attention.
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [(eager.bert, 2), (eager.gpt2, 2), (eager.llama, 2), (eager.qwen3, 2), (eager.t5, 6), (eager.vit, 2)],
+)
+def test_in_models(make, count):
+    torch.manual_seed(0)
+    model, given = make()
+    gm = capture(model.eval(), given)
+    code = gm.code
+    with torch.no_grad():
+        expected = gm(**given)
+        FuseAttention()(gm)
+        found = gm(**given)
+    assert len(history(gm)[-1].rewrites) == count and gm.code.count("scaled_dot_product_attention.default(") == count
+    assert "softmax" not in gm.code
+    for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+    FuseAttention().reverse(gm)
+    assert gm.code == code
