@@ -167,6 +167,8 @@ def diff(before: Snapshot, after: Snapshot) -> Delta:
     # A graph module that came, went or was replaced as a whole is one slot; its nodes are its own affair.
     shared = {p for p, m in after.modules.items() if before.modules.get(p) is m}
     everywhere = len(shared) == len(after.modules) == len(before.modules)
+    slots = _pairs(before.slots, after.slots, Slot.entry_same)
+    whole = inside_replaced(slots)
     nodes = _diff_nodes(before, after)
     metas = _diff_metas(before, after)
     if not everywhere:
@@ -175,9 +177,9 @@ def diff(before: Snapshot, after: Snapshot) -> Delta:
     found = Delta(
         nodes=nodes,
         metas=metas,
-        slots=_pairs(before.slots, after.slots, Slot.entry_same),
-        attributes=_pairs(before.attributes, after.attributes, Held.same),
-        entries=_pairs(before.entries, after.entries, operator.eq),
+        slots=_pairs(before.slots, after.slots, Slot.entry_same, whole),
+        attributes=_pairs(before.attributes, after.attributes, Held.same, lambda key: whole(key[0])),
+        entries=_pairs(before.entries, after.entries, operator.eq, whole),
         orders={p: (before.orders[p], after.orders[p]) for p in shared if before.orders[p] != after.orders[p]},
         used={p: u for p in shared if (u := _diff_used(before.used[p], after.used[p])) is not None},
         codegens={
@@ -266,11 +268,28 @@ def _diff_used(
     return new_names - old_names, old_names - new_names, {n: (old_counts.get(n), new_counts.get(n)) for n in changed}
 
 
-def _pairs(before: Mapping[Any, Any], after: Mapping[Any, Any], equal: Any) -> dict[Any, Pair]:
+def inside_replaced(slots: Mapping[str, Pair]) -> Callable[[str], bool]:
+    """Tells whether a path is in a module that came, went or was replaced, of which everything is kept."""
+    replaced = {p for p, pair in slots.items() if any(s is not None and s.kind == "module" for s in pair)}
+
+    def inside(path: str) -> bool:
+        while path and path not in replaced:
+            path = path.rpartition(".")[0]
+        return bool(path)
+
+    return inside if replaced else lambda path: False
+
+
+def _pairs(
+    before: Mapping[Any, Any],
+    after: Mapping[Any, Any],
+    equal: Any,
+    whole: Callable[[Any], bool] = lambda key: False,
+) -> dict[Any, Pair]:
     found = {}
     for key, old in before.items():
         new = after.get(key)
-        if new is None or not equal(old, new):
+        if new is None or not equal(old, new) or whole(key):
             found[key] = (old, new)
     for key, new in after.items():
         if key not in before:

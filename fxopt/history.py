@@ -407,10 +407,19 @@ class Rewrite:
     gm: GraphModule
     index: int  # of the commit
     part: Part
+    signature: str
 
     @property
     def id(self) -> str:
-        return f"{commits(self.gm)[self.index].signature}@{self.part.id}"
+        return f"{self.signature}@{self.part.id}"
+
+    @property
+    def commit(self) -> Commit:
+        """The commit that it is of; raises `UsageError` where the history has changed since this was asked for."""
+        found = commits(self.gm)[self.index : self.index + 1]
+        if not found or found[0].signature != self.signature or all(p.id != self.part.id for p in found[0].parts):
+            raise UsageError(f"{self.id} is not where it was in the history; ask fxopt.history(gm) again")
+        return found[0]
 
     @property
     def module_path(self) -> str:
@@ -419,7 +428,7 @@ class Rewrite:
 
     @property
     def active(self) -> bool:
-        return self.part.id not in commits(self.gm)[self.index].undone
+        return self.part.id not in self.commit.undone
 
     @property
     def created(self) -> tuple[str, ...]:
@@ -444,11 +453,13 @@ class Rewrite:
 
     def reverse(self, edited: Edited = "refuse") -> None:
         """Undo this rewrite alone."""
-        undo_rewrite(self.gm, self.index, self.part.id, edited)
+        if self.active:
+            undo_rewrite(self.gm, self.index, self.part.id, edited)
 
     def apply(self) -> None:
         """Make this rewrite again after it was undone alone."""
-        redo_rewrite(self.gm, self.index, self.part.id)
+        if not self.active:
+            redo_rewrite(self.gm, self.index, self.part.id)
 
     def __repr__(self) -> str:
         state = "" if self.active else ", undone"
@@ -478,7 +489,7 @@ class Entry:
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
-        return tuple(Rewrite(self.gm, self.index, p) for p in self.commit.parts)
+        return tuple(Rewrite(self.gm, self.index, p, self.signature) for p in self.commit.parts)
 
     def reverse(self, edited: Edited = "refuse") -> None:
         """Leave the graph module as if this commit had never been made."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxopt.delta import MARKS, Delta, Pair, same_codegen, same_meta
+from fxopt.delta import MARKS, Delta, Pair, inside_replaced, same_codegen, same_meta
 from fxopt.snapshot import (
     Record,
     Slot,
@@ -21,6 +21,7 @@ from fxopt.snapshot import (
     graph_of,
     graphs,
     node_key,
+    plain_attributes,
     same,
     same_container,
     snapshot,
@@ -120,6 +121,8 @@ def _apply_nodes(
 ) -> None:
     nodes = {n.name: n for n in graph.nodes}
     born = {name for name, (before, _) in changes.items() if before is None}
+    inputs = [i for name in changes if name in nodes for i in nodes[name].all_input_nodes]
+    lists = {i: [u.name for u in i.users] for i in inputs}  # a node that is given arguments goes to the end of them
     counts = dict(graph._graph_namespace._base_count)
     for name, (before, after) in changes.items():
         if before is None and after is not None:
@@ -141,6 +144,9 @@ def _apply_nodes(
         node = nodes.pop(name)
         graph.erase_node(node)
         graph._graph_namespace._obj_to_name.pop(node, None)
+    for node, names in lists.items():
+        if not node._erased:
+            _arrange_list(node, names)
     for name, (old, new) in metas.items():
         if new is not None and name in nodes:
             _apply_meta(nodes[name].meta, old or {}, new)
@@ -188,16 +194,35 @@ def _apply_marks(meta: dict[str, Any], old: tuple[str, ...], new: tuple[str, ...
 
 def _arrange_users(graph: Graph, wanted: Mapping[str, tuple[str, ...]]) -> None:
     """Let the nodes list their users in the order ``wanted``: passes that walk users then do the same again."""
-    if not wanted:
+    for node in graph.nodes if wanted else ():
+        if node.name in wanted:
+            _arrange_list(node, wanted[node.name])
+
+
+def _arrange_list(node: Node, wanted: Sequence[str]) -> None:
+    if len(node.users) < 2:
         return
-    for node in graph.nodes:
-        order = wanted.get(node.name)
-        if order is None or len(node.users) < 2:
-            continue
-        rank = {name: i for i, name in enumerate(order)}
-        users = sorted(node.users, key=lambda u: rank.get(u.name, len(rank)))  # stable: strangers stay last
-        node.users.clear()
-        node.users.update(dict.fromkeys(users))
+    users = {u.name: u for u in node.users}
+    order = merged(list(users), wanted)
+    node.users.clear()
+    node.users.update({users[name]: None for name in order})
+
+
+def merged(current: list[str], wanted: Sequence[str]) -> list[str]:
+    """The names ``current`` in the order ``wanted``; those that it does not know stay behind what they stand behind."""
+    there = set(current)
+    order = [n for n in wanted if n in there]
+    if len(order) == len(current):
+        return order
+    known = set(order)
+    behind: dict[str | None, list[str]] = {}
+    anchor: str | None = None
+    for name in current:
+        if name in known:
+            anchor = name
+        else:
+            behind.setdefault(anchor, []).append(name)
+    return [*behind.get(None, ()), *(m for n in order for m in (n, *behind.get(n, ())))]
 
 
 def _apply_used(graph: Graph, added: frozenset[str], removed: frozenset[str], counts: dict[str, Pair]) -> None:
@@ -220,21 +245,12 @@ def _arrange(graph: Graph, wanted: list[str], born: set[str]) -> None:
     Nodes that it does not know stay behind the node they stand behind now.  Where that is no topological order any
     more, the topological order nearest to it is taken.
     """
-    current = [n for n in graph.nodes if n.name not in born]
     nodes = {n.name: n for n in graph.nodes}
     if not wanted:
-        wanted = [n.name for n in current] + [n for n in nodes if n in born]
-    known = {n for n in wanted if n in nodes}
-    order = [nodes[n] for n in wanted if n in known]
-    if len(known) != len(nodes):
-        behind: dict[str | None, list[Node]] = {}
-        anchor: str | None = None
-        for node in current:
-            if node.name in known:
-                anchor = node.name
-            else:
-                behind.setdefault(anchor, []).append(node)
-        order = [*behind.get(None, ()), *(m for n in order for m in (n, *behind.get(n.name, ())))]
+        wanted = [*(n for n in nodes if n not in born), *(n for n in nodes if n in born)]
+    newly = [n for n in wanted if n in born and n in nodes]
+    current = [*(n for n in nodes if n not in born), *newly]
+    order = [nodes[n] for n in merged(current, wanted)]
     order = _topological(order)
     cursor = graph._root._next
     for node in order:
@@ -285,12 +301,29 @@ def _apply_state(gm: GraphModule, delta: Delta) -> None:
         module.__dict__[name] = held.value
         if held.content is not None:
             _refill(held.value, held.content)
+    _prune(gm, delta)
     for path, (_, entries) in delta.entries.items():
         module = _module(gm, path)
         if module is not None and entries is not None:
             stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
             for store, order in zip(stores, entries, strict=True):
                 _reorder(store, order)
+
+
+def _prune(gm: GraphModule, delta: Delta) -> None:
+    """Take out of modules that were put back what was put into them before they were taken out."""
+    whole = inside_replaced(delta.slots)
+    kept = {key for key, (_, held) in delta.attributes.items() if held is not None}
+    for path, (_, entries) in delta.entries.items():
+        module = _module(gm, path)
+        if module is None or entries is None or not whole(path):
+            continue
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+        for store, names in zip(stores, entries, strict=True):
+            for name in [n for n in store if n not in names]:
+                del store[name]
+        for name in [n for n in plain_attributes(module) if (path, n) not in kept]:
+            _drop_attribute(module, name)
 
 
 def _drop_attribute(module: nn.Module, name: str) -> None:

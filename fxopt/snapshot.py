@@ -246,11 +246,18 @@ def state(gm: nn.Module) -> State:
         for name, child in module._modules.items():
             slots[prefix + name] = Slot("module", child)
         entries[path] = (tuple(module._parameters), tuple(module._buffers), tuple(module._modules))
-        for name, value in module.__dict__.items():
-            if name in _INTERNAL or (isinstance(value, dict) and not value and name.startswith("_")):
-                continue
+        for name, value in plain_attributes(module).items():
             attributes[path, name] = Held(value, copy.copy(value) if type(value) in _CONTAINERS else None)
     return slots, attributes, entries
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What ``module`` holds besides its entries; an empty table of hooks is as good as none."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if name not in _INTERNAL and not (isinstance(value, dict) and not value and name.startswith("_"))
+    }
 
 
 def modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

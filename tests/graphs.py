@@ -18,6 +18,9 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxopt.snapshot import OWNER
+from fxopt.watch import own
+
 WIDTH = 4
 SHAPES = {"vector": (2, WIDTH), "sequence": (2, 3, WIDTH), "image": (2, WIDTH, WIDTH, WIDTH)}
 DIALECTS = ("module", "function", "aten")
@@ -89,7 +92,12 @@ class Net(nn.Module):
         return torch.matmul(a, self.at(i, "w").t()) + self.at(i, "c") if o % 3 == 1 else F.linear(a, self.at(i, "w"))
 
     def make_sequential(self, i, o):
-        parts = [nn.Linear(WIDTH, WIDTH), (nn.ReLU, nn.GELU, nn.SiLU)[o % 3](), nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH)]
+        parts = [
+            nn.Linear(WIDTH, WIDTH),
+            (nn.ReLU, nn.GELU, nn.SiLU)[o % 3](),
+            nn.Dropout(0.3),
+            nn.Linear(WIDTH, WIDTH),
+        ]
         self.add_module(f"m{i}", nn.Sequential(*parts))
 
     def do_sequential(self, i, o, a, b):
@@ -108,7 +116,9 @@ class Net(nn.Module):
         return self.at(i, "w") * (a * torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + 1e-6))
 
     def make_batch_norm(self, i, o):
-        kind, size = {"vector": (nn.BatchNorm1d, 4), "sequence": (nn.BatchNorm1d, 3), "image": (nn.BatchNorm2d, 4)}[self.shape]
+        kind, size = {"vector": (nn.BatchNorm1d, 4), "sequence": (nn.BatchNorm1d, 3), "image": (nn.BatchNorm2d, 4)}[
+            self.shape
+        ]
         norm = kind(size, affine=o % 3 != 0)
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
@@ -186,7 +196,9 @@ class Net(nn.Module):
         return (a + torch.tensor([1.0, 2.0, 3.0, 4.0]), a * torch.full((1,), 2.0), a + torch.arange(WIDTH))[o % 3]
 
     def do_no_op(self, i, o, a, b):
-        return (a + 0, a * 1, a.contiguous(), a.to(torch.float32), a.transpose(0, 1).transpose(0, 1), a / 1, a[:])[o % 7]
+        return (a + 0, a * 1, a.contiguous(), a.to(torch.float32), a.transpose(0, 1).transpose(0, 1), a / 1, a[:])[
+            o % 7
+        ]
 
     def do_views(self, i, o, a, b):
         if o % 4 == 0:
@@ -322,9 +334,9 @@ def cases(draw, dialects=DIALECTS, max_steps=8) -> Case:
 
 
 def twin(gm: GraphModule) -> GraphModule:
-    """Another graph module, the same in all respects, on the same tensors and submodules; nested ones are its own."""
+    """Another graph module, the same in all respects, on the same tensors."""
     root = nn.Module()
-    root.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in ("_graph", "_code", "meta")})
+    root.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in ("_graph", "_code", "meta", OWNER)})
     for store in ("_parameters", "_buffers", "_modules"):
         root.__dict__[store] = dict(gm.__dict__[store])
     for name, child in gm._modules.items():
@@ -348,4 +360,5 @@ def twin(gm: GraphModule) -> GraphModule:
             new.__dict__[key] = value
         elif key not in new.__dict__ or key in ("training", "_non_persistent_buffers_set") or "hooks" in key:
             new.__dict__[key] = value.copy() if isinstance(value, dict | set) else value
+    own(new)
     return new

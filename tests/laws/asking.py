@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck
 
+from fxopt.errors import TransformationError
 from fxopt.history import history
 from fxopt.snapshot import graphs
 from fxopt.transformation import Transformation
@@ -90,6 +91,18 @@ def some(data: Any, strategy: st.SearchStrategy[Said], least: int, most: int) ->
     """A random sequence of transformations."""
     found = data.draw(st.lists(strategy, min_size=least, max_size=most), label="transformations")
     return [f.transformation for f in found]
+
+
+def applied(gm, transformations):
+    """Those of ``transformations`` that could be applied, applied."""
+    found = []
+    for t in transformations:
+        try:
+            t(gm)
+        except TransformationError:
+            continue
+        found.append(t)
+    return found
 
 
 def same(gm: Any, before: Any, bits: Any = None, case: Case | None = None) -> None:

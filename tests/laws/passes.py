@@ -20,7 +20,17 @@ from fxopt.transformation import ReversibleTransformation, Rewrite, Transformati
 
 ATEN = torch.ops.aten
 # All of one signature, so that one can stand for another.
-UNARY = (torch.relu, torch.tanh, torch.sigmoid, F.relu, F.silu, torch.exp, torch.neg, ATEN.relu.default, ATEN.tanh.default)
+UNARY = (
+    torch.relu,
+    torch.tanh,
+    torch.sigmoid,
+    F.relu,
+    F.silu,
+    torch.exp,
+    torch.neg,
+    ATEN.relu.default,
+    ATEN.tanh.default,
+)
 METHODS = ("relu", "tanh", "sigmoid", "neg", "exp")
 
 
@@ -239,7 +249,9 @@ class Reorder(Plain):
     """Every node as late as its first user allows, but for what writes and draws."""
 
     def edit(self, gm):
-        writes = [n for n in gm.graph.nodes if str(n.target).rstrip("0123456789").endswith("_") or "_." in str(n.target)]
+        writes = [
+            n for n in gm.graph.nodes if str(n.target).rstrip("0123456789").endswith("_") or "_." in str(n.target)
+        ]
         for node in reversed(list(gm.graph.nodes)):
             if node.op == "get_attr" and node.users and not writes:
                 min(node.users).prepend(node)
@@ -350,8 +362,12 @@ class DropGraph(Plain):
     """Edits a graph module inside, and then takes it out."""
 
     def edit(self, gm):
-        inside = [n for n in gm.graph.nodes if n.op == "call_module" and isinstance(gm.get_submodule(n.target), GraphModule)]
-        node = self.choose([n for n in inside if len(gm.get_submodule(n.target).graph.output_node().all_input_nodes) == 1])
+        inside = [
+            n for n in gm.graph.nodes if n.op == "call_module" and isinstance(gm.get_submodule(n.target), GraphModule)
+        ]
+        node = self.choose(
+            [n for n in inside if len(gm.get_submodule(n.target).graph.output_node().all_input_nodes) == 1]
+        )
         if node is None or not isinstance(gm.get_submodule(node.target).graph.output_node().args[0], Node):
             return
         NothingKept(self.pick).edit(gm.get_submodule(node.target))

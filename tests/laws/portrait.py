@@ -10,8 +10,12 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-SKIPPED = frozenset("_graph _code _lineno_map _prologue_start meta _parameters _buffers _modules _fxopt_owner".split())
-TABLES = frozenset("_replace_hooks _create_node_hooks _erase_node_hooks _deepcopy_hooks _graphmodule_cls_name".split())
+SKIPPED = frozenset(
+    ["_graph", "_code", "_lineno_map", "_prologue_start", "meta", "_parameters", "_buffers", "_modules", "_fxopt_owner"]
+)
+TABLES = frozenset(
+    ["_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks", "_graphmodule_cls_name"]
+)
 
 
 class Portrait(dict):
@@ -39,13 +43,17 @@ def portrait(gm: GraphModule, objects: bool = True) -> Portrait:
             (n.name, n.op, str(n.target), str(n.args), str(n.kwargs), str(n.type), [str(u) for u in n.users])
             for n in inner.graph.nodes
         ]
-        found[f"metas of {path}"] = [(n.name, sorted((k, tell(v)) for k, v in n.meta.items())) for n in inner.graph.nodes]
+        found[f"metas of {path}"] = [
+            (n.name, sorted((k, tell(v)) for k, v in n.meta.items())) for n in inner.graph.nodes
+        ]
         found[f"code of {path}"] = inner.code.splitlines()
         found[f"names to come of {path}"] = names_to_come(inner)
         found[f"codegen of {path}"] = type(inner.graph._codegen).__name__
     for path, module in gm.named_modules(remove_duplicate=False):
         found[f"module {path}"] = [type(module).__qualname__, tell(module) if path else ""]
-        found[f"parameters of {path}"] = [(n, tell(p), p is not None and p.requires_grad) for n, p in module._parameters.items()]
+        found[f"parameters of {path}"] = [
+            (n, tell(p), p is not None and p.requires_grad) for n, p in module._parameters.items()
+        ]
         found[f"buffers of {path}"] = [
             (n, tell(b), n not in module._non_persistent_buffers_set) for n, b in module._buffers.items()
         ]
@@ -72,8 +80,8 @@ class Teller:
             return f"{type(value).__name__} {value.dtype} {tuple(value.shape)} {value.detach().numpy().tobytes().hex()[:400]}"
         if isinstance(value, nn.Module):
             return f"module {id(value) if self.objects else type(value).__name__}"
-        if isinstance(value, dict):
-            return str({k: self(v) for k, v in value.items()})
+        if isinstance(value, dict):  # hooks stand under numbers that no two modules share
+            return str({k if isinstance(k, str) else "": self(v) for k, v in value.items()})
         if isinstance(value, list | tuple | set):
             return str([self(v) for v in value])
         text = repr(value)
@@ -92,7 +100,10 @@ def names_to_come(gm: GraphModule) -> list[str]:
 
 def outputs(gm: GraphModule, inputs: tuple[torch.Tensor, ...]) -> list[bytes]:
     """What ``gm`` computes, bit for bit; its buffers are left as they are."""
-    return [leaf(v) for v in values(gm, inputs)]
+    try:
+        return [leaf(v) for v in values(gm, inputs)]
+    except (RuntimeError, TypeError) as error:  # a pass broke it
+        return [f"raises {type(error).__name__}".encode()]
 
 
 def values(gm: GraphModule, inputs: tuple[torch.Tensor, ...]) -> list[Any]:
