@@ -8,6 +8,7 @@ import hashlib
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -163,12 +164,13 @@ class Rewrite(ReversibleTransformation):
         return None
 
     def transform(self, graph_module: GraphModule) -> None:
-        for node in list(candidates(graph_module, self.pattern)):
-            if node._erased:
-                continue
-            found = self._at(graph_module, node)
-            if isinstance(found, Site):
-                found.replace(self.rewrite(found, **found.match.bindings))
+        with sweeping_once(graph_module):
+            for node in list(candidates(graph_module, self.pattern)):
+                if node._erased:
+                    continue
+                found = self._at(graph_module, node)
+                if isinstance(found, Site):
+                    found.replace(self.rewrite(found, **found.match.bindings))
 
     def misses(self, gm: GraphModule) -> Iterator[Miss]:
         """The nodes that have the right operation but are not rewritten, each with the reason."""
@@ -192,7 +194,7 @@ class Rewrite(ReversibleTransformation):
 
 @dataclass(frozen=True)
 class New:
-    """A parameter or buffer that a rewrite makes; emitting a node that uses it registers it, at ``path`` if it is free."""
+    """A parameter or buffer that a rewrite makes; a node that uses it registers it, at ``path`` where that is free."""
 
     tensor: torch.Tensor
     path: str
@@ -330,8 +332,29 @@ def erase(gm: GraphModule, nodes: list[Node]) -> None:
         sweep(gm, paths)
 
 
+_WAITING: dict[int, set[str]] = {}  # by graph module: what `sweeping_once` has collected
+
+
+@contextmanager
+def sweeping_once(gm: GraphModule) -> Iterator[None]:
+    """Let `sweep` wait for the end of the body: it reads the whole graph, and once is enough for many rewrites."""
+    if id(gm) in _WAITING:
+        yield
+        return
+    waiting = _WAITING[id(gm)] = set()
+    try:
+        yield
+    finally:
+        del _WAITING[id(gm)]
+    if waiting:
+        sweep(gm, waiting)
+
+
 def sweep(gm: GraphModule, paths: set[str]) -> None:
     """Delete those of ``paths`` that no node reads any more."""
+    if id(gm) in _WAITING:
+        _WAITING[id(gm)].update(paths)
+        return
     live = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
     held = {p for t in live for p in _prefixes(t)}
     for path in paths:
