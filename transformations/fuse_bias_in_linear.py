@@ -29,7 +29,8 @@ class FuseBiasInLinear(Rewrite):
 
     Within rounding.  ``b`` is a number, or a parameter or buffer that is the same in all rows: of shape (out,),
     (1, ..., 1, out), or with one element.  A ``b`` of shape (out,) stays the same tensor.  Refuses what would change
-    the result's shape or type.
+    the result's shape or type.  (Optimum's pass of this name makes the bias a column of the weight, and appends a one
+    to every input.)
     """
 
     pattern = AnyOf(

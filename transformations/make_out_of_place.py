@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -155,20 +156,24 @@ def _give_own_memory(node: Node) -> None:
 
 def _replace_modules(gm: GraphModule, nodes: list[Node]) -> None:
     """Let ``nodes``, calls of modules that write in place, call copies that do not."""
-    for path in dict.fromkeys(str(n.target) for n in nodes):
-        mine = [n for n in nodes if n.target == path]
+    mine: dict[str, list[Node]] = {}
+    for node in nodes:
+        mine.setdefault(str(node.target), []).append(node)
+    calls = Counter(str(n.target) for n in gm.graph.find_nodes(op="call_module")) if mine else Counter()
+    for path, calling in mine.items():
         module: Any = copy.deepcopy(gm.get_submodule(path))
         module.inplace = False
-        others = [n for n in gm.graph.nodes if n.op == "call_module" and n not in mine and _inside(path, str(n.target))]
-        place = _beside(gm, path) if others else path
+        alone = calls[path] == len(calling) and not any(owner in calls for owner in _owners(path))
+        place = path if alone else _beside(gm, path)
         set_submodule(gm, place, module)
-        for node in mine:
+        for node in calling:
             node.target = place
             _give_own_memory(node)
 
 
-def _inside(path: str, target: str) -> bool:
-    return path == target or path.startswith(f"{target}.")
+def _owners(path: str) -> Iterator[str]:
+    while path := path.rpartition(".")[0]:
+        yield path
 
 
 def _beside(gm: GraphModule, path: str) -> str:
