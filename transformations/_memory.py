@@ -168,6 +168,8 @@ class Memory:
         self.certain: dict[Node, Node | None] = {}  # the input whose memory a value is for certain
         self._parent: dict[Node, Node] = {}
         self._storages: dict[int, Node] = {}
+        self._held: dict[Node, frozenset[int]] = {}  # the storages of its fake tensors
+        self._dirty: set[int] = set()  # the storages that some node writes to
         self._input: Node | None = None
         self._onward: dict[Node, list[Node]] = {}  # a node -> those whose value may be (in) its memory
         for i, node in enumerate(gm.graph.nodes):
@@ -179,9 +181,7 @@ class Memory:
             self.certain[node] = _aliased(node, call)
             self._place(node, call)
         self.written: dict[Node, list[int]] = {}  # class -> where it is written to, in graph order
-        for node, found in self.effects.items():
-            for target in self.targets(node) if found.kind in ("write", "unknown") else ():
-                self.written.setdefault(self.root(target), []).append(self.position[node])
+        self._note_writes()
         self.returned = self._reaching_output()  # the nodes whose memory the caller may get
 
     def targets(self, node: Node) -> tuple[Node, ...]:
@@ -216,29 +216,52 @@ class Memory:
         """The position of the last node that may write to what ``node`` holds; -1 if none does."""
         return self.written.get(self.root(node), [-1])[-1]
 
+    def reads_written(self, node: Node) -> bool:
+        """Whether ``node`` calls a module that computes with a tensor that some node writes to."""
+        return bool(self._dirty) and any(storage(t) in self._dirty for t in self._module_tensors(node))
+
+    def _module_tensors(self, node: Node) -> Iterator[torch.Tensor]:
+        module = ops.submodule(self.gm, str(node.target)) if node.op == "call_module" else None
+        if module is not None:
+            yield from module.parameters()
+            yield from module.buffers()
+
+    def _note_writes(self) -> None:
+        for node, found in self.effects.items():
+            if found.kind not in ("write", "unknown"):
+                continue
+            inside = {storage(t) for t in self._module_tensors(node)}
+            self._dirty |= inside
+            targets = {
+                self.root(n)
+                for n in (*self.targets(node), *(self._storages[i] for i in inside & self._storages.keys()))
+            }
+            for target in targets:
+                self.written.setdefault(target, []).append(self.position[node])
+        for held, node in self._storages.items() if self.written else ():
+            if self.root(node) in self.written:
+                self._dirty.add(held)
+
     def _place(self, node: Node, call: ops.Call | None) -> None:
-        if node.op == "get_attr":
-            leaves = [value(node), ops.constant(self.gm, node)]
-        else:
-            leaves = tree_leaves(value(node))
-            if leaves and not any(isinstance(v, torch.Tensor) for v in leaves):
-                return  # numbers share no memory
-        for tensor in leaves:
-            if isinstance(tensor, torch.Tensor):
-                self._union(self._storages.setdefault(storage(tensor), node), node)
+        val = value(node)
+        tensors = (
+            [val] if isinstance(val, torch.Tensor) else [v for v in tree_leaves(val) if isinstance(v, torch.Tensor)]
+        )
+        if node.op == "get_attr" and (held := ops.constant(self.gm, node)) is not None:
+            tensors.append(held)
+        elif val is not None and not tensors:
+            self._held[node] = frozenset()
+            return  # numbers share no memory
+        mine = self._held[node] = frozenset(map(storage, tensors))
+        for i in mine:
+            self._union(self._storages.setdefault(i, node), node)
         if node.op == "placeholder":
             self._input = self._input or node
             self._union(self._input, node)
-        for source in {*_sources(node, call), *self._same_storage(node)}:
+        same = (n for n in node.all_input_nodes if not mine.isdisjoint(self._held.get(n, ())))
+        for source in {*_sources(node, call), *same}:
             self._onward.setdefault(source, []).append(node)
             self._union(source, node)
-
-    def _same_storage(self, node: Node) -> Iterator[Node]:
-        """The inputs of ``node`` that have the same storage, by their fake tensors."""
-        mine = {storage(v) for v in tree_leaves(value(node)) if isinstance(v, torch.Tensor)}
-        for n in node.all_input_nodes if mine else ():
-            if any(storage(v) in mine for v in tree_leaves(value(n)) if isinstance(v, torch.Tensor)):
-                yield n
 
     def _reaching_output(self) -> set[Node]:
         found = {n for output in self.gm.graph.find_nodes(op="output") for n in output.all_input_nodes}

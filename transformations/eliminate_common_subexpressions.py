@@ -68,6 +68,8 @@ def _obstacle(memory: Memory, node: Node, earlier: Node) -> str | None:
     for n in (earlier, node):
         if memory.last_write(n) > memory.position[earlier]:
             return f"{n} is written to in place"
+    if memory.reads_written(node):
+        return f"{node.target} holds a tensor that is written to in place"
     if node in memory.returned and earlier in memory.returned:
         return "both are outputs of the graph, or share memory with one"
     if getattr(node.target, "__name__", str(node.target)).removeprefix("new_").startswith("empty"):

@@ -116,6 +116,8 @@ class _Plan:
 
     def _module_varies(self, node: Node) -> str | None:
         module = self.gm.get_submodule(str(node.target))
+        if self.memory.reads_written(node):
+            return f"{node.target} holds a tensor that is written to in place"
         held = (*module.named_parameters(), *module.named_buffers())
         return next((reason for name, t in held if (reason := self._unfit(f"{node.target}.{name}", t))), None)
 

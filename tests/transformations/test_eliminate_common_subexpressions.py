@@ -166,14 +166,18 @@ def test_two_batch_norms_that_update_their_statistics_are_two():
     unchanged(CSE, Net(forward, norm=nn.BatchNorm1d(4)), X, None, dialects=("module", "aten"), training=True)
 
 
-def test_a_change_of_mode_in_between():
+def test_a_module_whose_weight_is_written_to_in_between():
     def forward(self, x):
-        a = x * 2
-        torch._C._set_grad_enabled(False)
-        b = x * 2
-        torch._C._set_grad_enabled(True)
-        return a + b
+        a = self.fc(x)
+        self.fc.weight.add_(1)
+        return a - self.fc(x)
 
+    fc = nn.Linear(4, 4).requires_grad_(False)
+    unchanged(CSE, Net(forward, fc=fc), X, "fc holds a tensor that is written to in place", dialects=("module",))
+    unchanged(CSE, Net(forward, fc=fc), X, None, dialects=("function", "aten"))
+
+
+def test_a_change_of_mode_in_between():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     a = graph.call_function(torch.mul, (x, 2))

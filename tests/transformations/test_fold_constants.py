@@ -153,6 +153,20 @@ def test_near_misses(forward, reason, dialects):
     unchanged(FoldConstants(), Net(forward), X, reason, dialects=dialects, dynamic=dynamic)
 
 
+def test_statistics_that_a_module_updates_are_no_constants():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+            self.norm.running_mean = nn.Parameter(self.norm.running_mean, requires_grad=False)
+            self.table = nn.Parameter(torch.randn(3, 4), requires_grad=False)
+
+        def forward(self, x):
+            return self.norm(x) + self.norm.running_mean.exp() + self.norm(self.table).sum()
+
+    unchanged(FoldConstants(), Normed(), X, "in place", training=True, dialects=("module",))
+
+
 def test_no_values_on_the_meta_device():
     net = Net(lambda self, x: x * self.table.exp()).to("meta")
     gm = torch.fx.symbolic_trace(net)
