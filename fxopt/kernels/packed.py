@@ -26,6 +26,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +42,31 @@ MAX_LAYOUTS = 4
 _CALLS_TO_PACK, _CALLS_TO_REPLACE = 2, 8
 """Calls with one input size until a weight is packed for it; and until that copy takes the place of the oldest one."""
 
-_SAMPLE = 64
+_SAMPLE = 16
 """Elements compared at each call, to notice writes through `.data`, which leave the version counter alone."""
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
+#
+# What is asked at every call is kept short: a product of a small layer takes no longer than ten questions.
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A packed weight, and what a call must bring to use it."""
+
+    weight: Tensor
+    dtype: torch.dtype
+    bias: tuple[int, ...]
+    other: tuple[int, ...]
+
+    def takes(self, x: Tensor, bias: Tensor | None, other: Tensor | None = None) -> bool:
+        """Whether oneDNN computes with these; what it would refuse or read beyond is left to the plain operators."""
+        if x.dtype is not self.dtype or not x.is_cpu or not torch._C._get_mkldnn_enabled():
+            return False
+        if bias is not None and (bias.dtype is not self.dtype or bias.shape != self.bias or not bias.is_cpu):
+            return False
+        return other is None or (other.dtype is self.dtype and other.shape == self.other and other.is_cpu)
 
 
 @dataclass(slots=True)
@@ -57,8 +78,8 @@ class _Entry:
     address: int
     view: Tensor  # some elements of the weight, shared
     sample: Tensor  # the same elements, as they were
-    layouts: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # oldest first
-    asked: dict[tuple[int, ...], int] = field(default_factory=dict)  # calls without a packed copy
+    layouts: dict[Any, _Packed] = field(default_factory=dict)  # oldest first
+    asked: dict[Any, int] = field(default_factory=dict)  # calls without a packed copy
 
     def holds(self, weight: Tensor) -> bool:
         """Whether this entry is that of `weight`, as it is now."""
@@ -71,6 +92,12 @@ class _Entry:
 
 
 _cache: dict[int, _Entry] = {}
+
+
+def _find(weight: Tensor, key: Any) -> _Packed | None:
+    """The packed copy of `weight` under `key`, if there is one and it holds."""
+    entry = _cache.get(id(weight))
+    return None if entry is None or not entry.holds(weight) else entry.layouts.get(key)
 
 
 def _enter(weight: Tensor) -> _Entry:
@@ -88,27 +115,29 @@ def _enter(weight: Tensor) -> _Entry:
     return entry
 
 
-def _lookup(weight: Tensor, key: tuple[int, ...], pack: Callable[[], Tensor]) -> Tensor | None:
-    """The packed copy of `weight` under `key`, made when asked for again; None where the plain operator should run."""
+def _pack_on_repetition(weight: Tensor, key: Any, pack: Callable[[], _Packed]) -> None:
+    """Count a call that found no packed copy of `weight` under `key`; make one when such calls come back."""
+    if not _packable(weight):
+        return
     entry = _cache.get(id(weight))
     if entry is None or not entry.holds(weight):
         entry = _enter(weight)
-    packed = entry.layouts.get(key)
-    return _pack_on_repetition(entry, key, pack) if packed is None else packed
-
-
-def _pack_on_repetition(entry: _Entry, key: tuple[int, ...], pack: Callable[[], Tensor]) -> Tensor | None:
     full = len(entry.layouts) >= MAX_LAYOUTS
     calls = entry.asked.pop(key, 0) + 1
     if calls < (_CALLS_TO_REPLACE if full else _CALLS_TO_PACK):
         if len(entry.asked) >= 16 * MAX_LAYOUTS:  # sizes without end
             entry.asked.clear()
         entry.asked[key] = calls
-        return None
+        return
     if full:
         entry.layouts.pop(next(iter(entry.layouts)))
-    packed = entry.layouts[key] = pack()
-    return packed
+    entry.layouts[key] = pack()
+
+
+def _packable(weight: Tensor) -> bool:
+    if not weight.is_cpu or not available(weight.dtype) or not torch._C._get_mkldnn_enabled():
+        return False
+    return weight.is_contiguous() and not weight.is_inference()
 
 
 def release(weight: Tensor | None = None) -> None:
@@ -122,7 +151,8 @@ def release(weight: Tensor | None = None) -> None:
 def packed_bytes(weight: Tensor | None = None) -> int:
     """The memory in bytes that the packed copies of `weight`, or of every weight, hold now, oneDNN's padding aside."""
     entries = list(_cache.values()) if weight is None else [e for e in [_cache.get(id(weight))] if e is not None]
-    return sum(p.numel() * p.element_size() for e in entries for p in e.layouts.values())
+    held = [packed.weight for entry in entries for packed in entry.layouts.values()]
+    return sum(w.numel() * w.element_size() for w in held)
 
 
 @functools.cache
@@ -131,18 +161,6 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-
-
-def _packable(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """Cheapest questions first; wrong arguments are left to the plain operator, whose errors name them."""
-    dtype = weight.dtype
-    if x.dtype != dtype or x.device.type != "cpu" or weight.device.type != "cpu" or x.numel() == 0:
-        return False
-    if any(other is not None and (other.dtype != dtype or other.device.type != "cpu") for other in others):
-        return False
-    if not available(dtype) or not bool(torch.backends.mkldnn.enabled):
-        return False
-    return weight.is_contiguous() and not weight.is_inference()
 
 
 # --- where it pays ---------------------------------------------------------------------------------------------------
@@ -165,12 +183,14 @@ def rows(features: int, inputs: int, threads: int) -> tuple[int, int] | None:
     return next(((least, most) for elements, least, most in table if size >= elements), None)
 
 
-def _pays(x: Tensor, weight: Tensor, min_rows: int, max_rows: int) -> bool:
-    inputs = x.shape[-1]
-    if max_rows > 0:
-        return min_rows * inputs <= x.numel() <= max_rows * inputs
-    between = rows(weight.shape[0], weight.shape[1], torch.get_num_threads())
-    return between is not None and between[0] * inputs <= x.numel() <= between[1] * inputs
+def _pays(size: int, weight: Tensor, inputs: int, min_rows: int, max_rows: int) -> bool:
+    """Whether packing pays for an input of `size` elements."""
+    if max_rows == 0:
+        between = rows(weight.shape[0], weight.shape[1], torch.get_num_threads())
+        if between is None:
+            return False
+        min_rows, max_rows = between
+    return min_rows * inputs <= size <= max_rows * inputs and size > 0
 
 
 # --- the operators ---------------------------------------------------------------------------------------------------
@@ -206,29 +226,29 @@ def packed_linear_kernel(
     max_rows: int = 0,
 ) -> Tensor:
     """`packed_linear`, with oneDNN on the CPU; the activation is in place on the fresh product."""
-    packed = None
-    if _linear_fits(x, weight, bias, transposed) and _pays(x, weight, min_rows, max_rows):
-        packed = _lookup(weight, (int(transposed),), lambda: _pack_linear(weight, transposed))
-    if packed is None:
+    packed = _packed_linear(x, weight, transposed, min_rows, max_rows)
+    if packed is None or not packed.takes(x, bias):
         return _activate_(F.linear(x, weight.t() if transposed else weight, bias), activation)
-    run = torch.ops.mkldnn._linear_pointwise.default
     if activation == "gelu_tanh":
-        return run(x, packed, bias, "gelu", [], "tanh")  # type: ignore[no-any-return]
-    return _activate_(run(x, packed, bias, "none", [], ""), activation)
+        return _run_linear(x, packed.weight, bias, "gelu", [], "tanh")  # type: ignore[no-any-return]
+    return _activate_(_run_linear(x, packed.weight, bias, "none", [], ""), activation)
 
 
-def _linear_fits(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> bool:
-    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[0 if transposed else 1]:
-        return False
-    if bias is not None and bias.shape != weight.shape[1 if transposed else 0 :][:1]:
-        return False
-    return _packable(x, weight, bias)
-
-
-def _pack_linear(weight: Tensor, transposed: bool) -> Tensor:
-    dense = weight.detach()
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(dense.t().contiguous() if transposed else dense, None)
+def _packed_linear(x: Tensor, weight: Tensor, transposed: bool, min_rows: int, max_rows: int) -> _Packed | None:
+    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != (inputs := weight.shape[0 if transposed else 1]):
+        return None
+    if not _pays(x.numel(), weight, inputs, min_rows, max_rows):
+        return None
+    packed = _find(weight, transposed)
+    if packed is None:
+        _pack_on_repetition(weight, transposed, lambda: _pack_linear(weight, transposed))
     return packed
+
+
+def _pack_linear(weight: Tensor, transposed: bool) -> _Packed:
+    dense = weight.detach().t().contiguous() if transposed else weight.detach()
+    packed = torch.ops.mkldnn._reorder_linear_weight(dense, None)
+    return _Packed(packed, weight.dtype, (dense.shape[0],), ())
 
 
 def packed_conv2d(
@@ -265,31 +285,34 @@ def packed_conv2d_kernel(
     activation: str,
 ) -> Tensor:
     """`packed_conv2d`, with oneDNN on the CPU; the activation is in place on the fresh sum."""
-    at = (list(padding), list(stride), list(dilation), groups)
-    packed = None
-    if x.dim() == weight.dim() == 4 and _packable(x, weight, bias, other):
-        key = (*x.shape, *at[0], *at[1], *at[2], groups)
-        packed = _lookup(weight, key, lambda: _pack_convolution(x, weight, *at))
-    if packed is None:
-        y = F.conv2d(x, weight, bias, at[1], at[0], at[2], groups)
+    key = (x.shape, groups, *stride, *padding, *dilation)
+    packed = _find(weight, key)
+    if packed is None or not packed.takes(x, bias, other):
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if packed is None and x.dim() == 4 and x.dtype == weight.dtype and y.numel() > 0:
+            size, at = y.shape, (list(padding), list(stride), list(dilation), groups)
+            _pack_on_repetition(weight, key, lambda: _pack_convolution(x, weight, size, *at))
         y = y if other is None else y + other
         return _activate_(y, activation).contiguous(memory_format=torch.channels_last)
-    run = torch.ops.mkldnn._convolution_pointwise
     if other is None:
-        y = run.default(x, packed, bias, *at, "none", [], "")
+        y = _run_conv(x, packed.weight, bias, padding, stride, dilation, groups, "none", [], "")
     else:
-        y = run.binary(x, other, packed, bias, *at, "add", 1.0, None, [], "")
+        y = _run_conv_add(x, other, packed.weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], "")
     return _activate_(y, activation)
 
 
 def _pack_convolution(
-    x: Tensor, weight: Tensor, padding: list[int], stride: list[int], dilation: list[int], groups: int
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    size: tuple[int, ...],
+    padding: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+) -> _Packed:
     dense = weight.detach().contiguous(memory_format=torch.channels_last)
-    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-        dense, padding, stride, dilation, groups, list(x.shape)
-    )
-    return packed
+    packed = torch.ops.mkldnn._reorder_convolution_weight(dense, padding, stride, dilation, groups, list(x.shape))
+    return _Packed(packed, weight.dtype, (weight.shape[0],), size)
 
 
 def _activate(y: Tensor, activation: str) -> Tensor:
@@ -321,6 +344,11 @@ def _activate_(y: Tensor, activation: str) -> Tensor:
         return torch.ops.aten.gelu_.default(y, approximate="tanh")  # type: ignore[no-any-return]
     raise ValueError(f"activation={activation!r} was given; it is one of {', '.join(ACTIVATIONS)}")
 
+
+if available():
+    _run_linear = torch.ops.mkldnn._linear_pointwise.default
+    _run_conv = torch.ops.mkldnn._convolution_pointwise.default
+    _run_conv_add = torch.ops.mkldnn._convolution_pointwise.binary
 
 register(packed_linear, packed_linear_kernel)
 register(packed_conv2d, packed_conv2d_kernel)

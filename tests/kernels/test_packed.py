@@ -172,7 +172,7 @@ def test_packed_copies_die_with_their_weight():
 
 
 def _sizes_packed(kernel):
-    return [key[2] for key in packed._cache[id(kernel)].layouts]
+    return [key[0][2] for key in packed._cache[id(kernel)].layouts]
 
 
 def _convolve(kernel, size, calls):
@@ -325,6 +325,30 @@ def test_inference_mode():
             for _ in range(3):
                 torch.testing.assert_close(linear(x, w, bias), F.linear(x, w, bias), rtol=1e-5, atol=1e-5)
     assert packed.packed_bytes(weight) > 0
+
+
+def test_what_does_not_fit_the_packed_weight_runs_plain():
+    weight, bias = _layer()
+    kernel = torch.randn(4, 2, 3, 3)
+    image, other = torch.randn(1, 2, 6, 6), torch.randn(1, 4, 4, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            linear(torch.randn(3, 24), weight, bias)
+            conv(image, kernel, None, other, *PLAIN, "none")
+        spread = torch.randn(4, 1, 1)
+        y = conv(image, kernel, None, spread, *PLAIN, "none")
+        torch.testing.assert_close(y, F.conv2d(image, kernel) + spread)
+        assert linear(torch.randn(3, 24), weight, torch.randn(1)).shape == (3, 40)
+        with pytest.raises(RuntimeError, match=r"expanded size|must match"):
+            linear(torch.randn(3, 24), weight, torch.randn(39))
+        with pytest.raises(RuntimeError, match="dtype"):
+            linear(torch.randn(3, 24).double(), weight, bias)
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            x = torch.randn(3, 24)
+            assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+        finally:
+            torch._C._set_mkldnn_enabled(True)
 
 
 def test_wrong_arguments_say_what_torch_says():
