@@ -168,11 +168,12 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
 ALL_ROWS = 2**31 - 1
 
 # (least number of elements, least rows, most rows), the largest first. Measured on AVX2 (Zen 3) against MKL, as ratios
-# of the times: with one thread, 2304x768 0.75 at 4 rows and 1.06 at 64, 2048x2048 0.69 at 4 and 1.03 at 128,
-# 30522x768 0.98 at 1 and 0.77 at 160, 768x768 1.1 and more anywhere; with two threads, 768x768 0.6 to 0.9 up to 64
-# rows, 0.94 at 128 and 1.1 from 512 on, 3072x768 0.7 at 1 and 0.8 at 128, 50257x768 0.3 at 8 and 0.8 at 512.
+# of the times. One thread: 2304×768 0.75 at 4 rows and 1.06 at 64, 2048×2048 0.69 at 4 and 1.03 at 128, 30522×768 0.98
+# at 1 and 0.77 at 160. Two threads: 2304×768 0.8 at 1 and 0.85 at 128, 3072×768 0.7 at 1, 0.8 at 128 and 1.1 at 512,
+# 50257×768 0.3 at 8 and 0.8 at 512. Smaller weights gain too little over the dispatch that they pay at any number of
+# rows: 768×768 0.94 at 128 rows and 1.25 at 1.
 _ONE_THREAD = ((2**23, 2, 1024), (2**22, 2, 64), (3 * 2**19, 2, 16))
-_MORE_THREADS = ((2**23, 1, 1024), (2**21, 1, 160), (2**19, 2, 128))
+_MORE_THREADS = ((2**23, 1, 1024), (2**21, 1, 160), (3 * 2**19, 1, 128))
 
 
 @functools.cache

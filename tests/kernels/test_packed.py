@@ -218,7 +218,7 @@ def test_rows_outside_of_the_range_run_plain_bitwise():
 
 def test_rows_by_size_and_threads(monkeypatch):
     assert packed.rows(64, 64, 1) is None and packed.rows(64, 64, 2) is None
-    assert packed.rows(768, 768, 1) is None and packed.rows(768, 768, 2) == (2, 128)
+    assert packed.rows(768, 768, 2) is None and packed.rows(2304, 768, 2) == (1, 128)
     assert packed.rows(2048, 2048, 1) == (2, 64) and packed.rows(2048, 2048, 8) == (1, 160)
     monkeypatch.setattr(packed, "rows", lambda features, inputs, threads: (2, 4) if threads == 1 else (3, 3))
     weight, _ = _layer()
