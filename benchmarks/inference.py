@@ -37,7 +37,7 @@ from fxopt.transformation import Transformation
 
 AIMS = {"bert-base": 0.88, "resnet50": 0.70}  # latency over that of eager, at batch 1, length 128, 2 threads
 LARGEST_ERROR = 1e-4
-MODELS = ("bert-base", "distilbert", "gpt2", "vit", "resnet18", "resnet50", "mlp", "gnn")
+MODELS = ("bert-base", "distilbert-base", "gpt2", "vit-base", "resnet18", "resnet50", "mlp", "gnn")
 
 
 @dataclass(frozen=True)
