@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from rich.console import Console, Group
@@ -122,7 +122,12 @@ class Result:
 
 
 def _name(step: Step) -> str:
-    return step.signature.removesuffix("()")
+    """The transformation with the options that differ from their defaults."""
+    t = step.transformation
+    if not is_dataclass(t):
+        return step.signature.removesuffix("()")
+    said = [f"{f.name}={getattr(t, f.name)!r}" for f in fields(t) if getattr(t, f.name) != f.default]
+    return type(t).__name__ + (f"({', '.join(said)})" if said else "")
 
 
 def _idle(step: Step) -> str:

@@ -138,7 +138,9 @@ def _apply_nodes(
         if node.target is not after.target:
             node.target = after.target
         node.type = after.type
-        if before is None or not same((before.args, before.kwargs), (after.args, after.kwargs)):  # else users keep place
+        if before is None or not same(
+            (before.args, before.kwargs), (after.args, after.kwargs)
+        ):  # else users keep place
             node.args, node.kwargs = by_node(after.args, nodes), by_node(after.kwargs, nodes)
     for name in [n for n, (_, after) in changes.items() if after is None]:
         node = nodes.pop(name)

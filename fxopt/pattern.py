@@ -289,7 +289,7 @@ def _crossed_write(gm: GraphModule, found: Match) -> Miss | None:
 
 
 def value(gm: GraphModule, x: Any) -> torch.Tensor | None:
-    """A tensor that stands for ``x``: the constant itself, or the fake tensor of a node; None where nothing is known."""
+    """A tensor that stands for ``x``: the constant itself, or a node's fake tensor; None where nothing is known."""
     known = ops.constant(gm, x)
     if known is not None:
         return known

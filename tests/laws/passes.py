@@ -181,7 +181,7 @@ class SwapModule(Plain):
     def edit(self, gm):
         place = self.choose(leaves(gm, nn.Linear))
         if place is not None:
-            path, old = place
+            path, _ = place
             new = nn.Linear(4, 4, bias=self.pick % 2 == 0)
             with torch.no_grad():
                 new.weight.copy_(torch.eye(4))

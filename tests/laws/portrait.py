@@ -77,7 +77,8 @@ class Teller:
         if isinstance(value, torch.Tensor) and self.objects:
             return f"tensor {id(value)} {value.data_ptr() if type(value) in (torch.Tensor, nn.Parameter) else ''}"
         if type(value) in (torch.Tensor, nn.Parameter):
-            return f"{type(value).__name__} {value.dtype} {tuple(value.shape)} {value.detach().numpy().tobytes().hex()[:400]}"
+            content = value.detach().numpy().tobytes().hex()[:400]
+            return f"{type(value).__name__} {value.dtype} {tuple(value.shape)} {content}"
         if isinstance(value, nn.Module):
             return f"module {id(value) if self.objects else type(value).__name__}"
         if isinstance(value, dict):  # hooks stand under numbers that no two modules share

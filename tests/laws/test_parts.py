@@ -110,7 +110,7 @@ OUTSIDE = (at_the_input, at_the_output, a_node_beside, a_parameter, a_flag)
 @law()
 def test_edits_from_outside_are_kept(dialect, data):
     """Law 3: undoing under them leaves them as if they had been made without the commit, or refuses at once."""
-    case, gm = drawn(data, dialect, max_steps=6)
+    _, gm = drawn(data, dialect, max_steps=6)
     other, before = twin(gm), portrait(gm)
     steps = []
     for t in some(data, ANY, 1, 4):

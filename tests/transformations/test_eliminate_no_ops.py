@@ -241,9 +241,7 @@ def test_export_s_checks_go_when_asked():
 
 # What counting by hand in the captures of two layers gives: same-dtype casts of float32 norms, whole slices, copies of
 # constants with their detach_, contiguous before a reshape that follows, and one assert for each cast.
-@pytest.mark.parametrize(
-    "name", ["bert-base-tiny", "gpt2-tiny", "t5-small-tiny"]
-)
+@pytest.mark.parametrize("name", ["bert-base-tiny", "gpt2-tiny", "t5-small-tiny"])
 def test_models_lose_their_no_ops_and_compute_the_same(name):
     model = models.build(name)
     inputs = example_inputs(model)
