@@ -95,6 +95,7 @@ def run(gm: GraphModule, transformation: Recordable, lint_and_recompile: bool = 
         ran = ", ".join(c.signature for c in commits(gm)) or "nothing"
         kind = type(error) if isinstance(error, TransformationError) else TransformationError
         text = str(error) if isinstance(error, FxoptError) else f"{type(error).__name__}: {error}"
+        text = next(iter(text.splitlines()), "")  # the rest is in the cause
         raise kind(f"{transformation.signature} failed after {ran}: {text}") from error
     _mark(gm, delta, before, after, transformation.signature)
     store(gm, (*commits(gm), Commit(transformation, delta, foreign=between)), after)

@@ -19,11 +19,11 @@ def module_of(function: Callable[..., Any]) -> nn.Module | None:
     """
     The module whose tensors a call uses, where that can be known.
 
-    A module with a `forward` of its own on the instance (what `fxopt.optimize` returns, among others) relies on its
-    tensors being where they are: copies in their place would change what it does, so it counts as a plain function.
+    What `fxopt.optimize` returns relies on its tensors being where they are: with copies in their place it would step
+    back from its graphs to eager, so it counts as a plain function.
     """
     if isinstance(function, nn.Module):
-        return None if any("forward" in vars(m) for m in function.modules()) else function
+        return None if "fxopt" in vars(function) else function
     if isinstance(function, functools.partial):
         return module_of(function.func)
     owner = getattr(function, "__self__", None)

@@ -75,19 +75,18 @@ class Spelling:
             if arranged is None:
                 return None
             args, kwargs = arranged
-        at = self._variadic_at()
+        at = self._variadic_at
         if at is not None and len(args) > at and not isinstance(args[at], list | tuple):
             args = (*args[:at], tuple(args[at:]))
-        if len(args) > len(self.own) - len(self.keyword_only):
+        if len(args) > self._most:
             return None
         if self.must:
             spoken = {**dict(zip(self.own, args, strict=False)), **kwargs}
             if any(n in spoken and not any(_same(spoken[n], v) for v in values) for n, values in self.must.items()):
                 return None
             kwargs = {n: v for n, v in kwargs.items() if n not in self.must}
-        bound = dict(self.fixed)
-        said = {name for (name, _), _ in zip(self.positions, args, strict=False)}
-        for (name, _), value in zip(self.positions, args, strict=False):
+        bound = dict(self._unsaid)
+        for name, value in zip(self._names, args, strict=False):
             if name is not None:
                 bound[name] = value
         for own, value in kwargs.items():
@@ -95,13 +94,9 @@ class Spelling:
                 return None
             if (name := self.keywords[own]) is not None:
                 bound[name] = value
-                said.add(name)
-        for name, default in self.positions:
-            if name is None or name in said:
-                continue
-            if default is REQUIRED:
+        for name in self._required:
+            if bound[name] is REQUIRED:
                 return None
-            bound.setdefault(name, default)
         for name, (own_value, value) in self.translate.items():
             if _same(bound.get(name), own_value):
                 bound[name] = value
@@ -130,10 +125,29 @@ class Spelling:
                 said[own_name] = value
         return tuple(positional), said
 
+    # Every read of a node passes here, so what does not depend on the call is worked out once.
+
+    @functools.cached_property
     def _variadic_at(self) -> int | None:
         if not self.variadic:
             return None
-        return next((i for i, (name, _) in enumerate(self.positions) if name == self.variadic), None)
+        return next((i for i, name in enumerate(self._names) if name == self.variadic), None)
+
+    @functools.cached_property
+    def _names(self) -> tuple[str | None, ...]:
+        return tuple(name for name, _ in self.positions)
+
+    @functools.cached_property
+    def _most(self) -> int:
+        return len(self.own) - len(self.keyword_only)
+
+    @functools.cached_property
+    def _unsaid(self) -> dict[str, Any]:
+        return {name: default for name, default in self.positions if name is not None} | dict(self.fixed)
+
+    @functools.cached_property
+    def _required(self) -> tuple[str, ...]:
+        return tuple(name for name, default in self._unsaid.items() if default is REQUIRED)
 
 
 @dataclass(frozen=True)
@@ -227,7 +241,7 @@ def spell(
 
     ``names``: the operation's parameter behind each own parameter, in order, separated by blanks; ``_`` ignores one.
     Where torch cannot tell a target's own parameters (builtin functions, methods), they are these names (or
-    ``own=name``), or else all of the operation's.
+    ``own=name``; with a ``!`` where the target has no default), or else all of the operation's.
     ``attributes``: for a module class, its arguments; or a string that says why a module cannot be read.
     ``arrange``: brings positional and keyword arguments into the order of ``names``; None if the call means
     another operation.
@@ -241,7 +255,7 @@ def spell(
         own, keyword_only = _own_parameters(target) or _as_declared(op, target, names, fixed)
         known_names = tuple(op.signature.parameters)
         if names is not None:
-            canonical = [n.rpartition("=")[2] for n in names.split()]
+            canonical = [n.rpartition("=")[2].rstrip("!") for n in names.split()]
         else:
             canonical = [n for n in known_names if n not in fixed and (n != "inplace" or any(o == n for o, _ in own))]
         positions: list[tuple[str | None, Any]] = []
@@ -351,9 +365,12 @@ def _read(gm: GraphModule, node: Node) -> Call | tuple[Op, str] | None:
 
 
 def _call(meaning: Op, spelling: Spelling, bound: dict[str, Any]) -> Call | None:
-    arguments = {n: _frozen(bound.get(n, d)) for n, d in meaning.defaults.items()}
-    if any(v is REQUIRED for v in arguments.values()):
-        return None
+    arguments: dict[str, Any] = {}
+    for name, default in meaning.defaults.items():
+        value = bound.get(name, default)
+        if value is REQUIRED:
+            return None
+        arguments[name] = _frozen(value) if isinstance(value, list | tuple) else value
     if meaning.normalize is not None:
         meaning.normalize(arguments)
     first = meaning.parameters[0] if meaning.parameters else None
@@ -620,12 +637,16 @@ def _as_declared(
 ) -> tuple[list[tuple[str, Any]], frozenset[str]]:
     """The same for a target that torch says nothing about: it is called as the operation is declared."""
     declared = names.split() if names is not None else [n for n in op.parameters if n not in fixed]
-    said = [n.rpartition("=") for n in declared]
     if getattr(target, "__module__", "") == "_operator":
-        said = said[: len(inspect.signature(target).parameters)]
+        declared = declared[: len(inspect.signature(target).parameters)]
     kinds = {n: p.kind for n, p in op.signature.parameters.items()}
-    keyword_only = frozenset(own or n for own, _, n in said if kinds.get(n) is inspect.Parameter.KEYWORD_ONLY)
-    return [(own or n, op.defaults.get(n, REQUIRED)) for own, _, n in said], keyword_only
+    own, keyword_only = [], set()
+    for word in declared:
+        own_name, _, name = word.rstrip("!").rpartition("=")
+        own.append((own_name or name, REQUIRED if word.endswith("!") else op.defaults.get(name, REQUIRED)))
+        if kinds.get(name) is inspect.Parameter.KEYWORD_ONLY:
+            keyword_only.add(own_name or name)
+    return own, frozenset(keyword_only)
 
 
 def _kind(spelling: Spelling) -> str:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import math
+import pickle
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,9 +20,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import _get_qualified_name
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 OWNER = "_fxopt_owner"
@@ -61,6 +66,35 @@ class Record:
         return other is not None and all(
             same(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        target = self.target
+        if isinstance(target, OpOverload | OpOverloadPacket):
+            target = _Named(f"torch.ops.{target}")
+        elif isinstance(target, types.BuiltinFunctionType):  # many of torch's cannot be pickled, but all can be found
+            name = _get_qualified_name(target)
+            target = _Named(name if "." in name else f"builtins.{name}")
+            if target.find() is not self.target:
+                raise pickle.PicklingError(f"{self.target} is not {target.name}; it cannot be pickled")
+        return _load_record, (self.op, target, self.args, self.kwargs, self.type)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A function, by the name that the code of a graph module calls it by."""
+
+    name: str
+
+    def find(self) -> Any:
+        path = self.name.split(".")
+        found: Any = importlib.import_module(path[0])
+        for name in path[1:]:
+            found = getattr(found, name, None)
+        return found
+
+
+def _load_record(op: str, target: Any, args: Any, kwargs: Any, type_: Any) -> Record:
+    return Record(op, target.find() if isinstance(target, _Named) else target, args, kwargs, type_)
 
 
 @dataclass(frozen=True)

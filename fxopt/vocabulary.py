@@ -386,9 +386,12 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-05): ...
 @op(
     spell(nn.Dropout, attributes=lambda m: {"p": m.p, "training": m.training, "inplace": m.inplace}),
     F.dropout,
-    spell(torch.dropout, "input p train=training"),
+    spell(torch.dropout, "input p! train=training!"),
     aten.dropout.default,
-    inplace=(spell(torch.dropout_, "input p train=training", inplace=True), spell(aten.dropout_.default, inplace=True)),
+    inplace=(
+        spell(torch.dropout_, "input p! train=training!", inplace=True),
+        spell(aten.dropout_.default, inplace=True),
+    ),
     random=_training,
     view=True,
 )
@@ -396,7 +399,7 @@ def dropout(input, p=0.5, training=True, inplace=False): ...
 
 
 @op(
-    spell(torch.feature_dropout, "input p train=training"),
+    spell(torch.feature_dropout, "input p! train=training!"),
     spell(nn.Dropout1d, attributes=lambda m: {"p": m.p, "training": m.training, "inplace": m.inplace}),
     spell(nn.Dropout2d, attributes=lambda m: {"p": m.p, "training": m.training, "inplace": m.inplace}),
     spell(nn.Dropout3d, attributes=lambda m: {"p": m.p, "training": m.training, "inplace": m.inplace}),
@@ -405,7 +408,7 @@ def dropout(input, p=0.5, training=True, inplace=False): ...
     F.dropout3d,
     aten.feature_dropout.default,
     inplace=(
-        spell(torch.feature_dropout_, "input p train=training", inplace=True),
+        spell(torch.feature_dropout_, "input p! train=training!", inplace=True),
         spell(aten.feature_dropout_.default, inplace=True),
     ),
     random=_training,
@@ -417,10 +420,10 @@ def feature_dropout(input, p=0.5, training=True, inplace=False): ...
 @op(
     spell(nn.AlphaDropout, attributes=lambda m: {"p": m.p, "training": m.training}),  # does not look at its inplace
     F.alpha_dropout,
-    spell(torch.alpha_dropout, "input p train=training"),
+    spell(torch.alpha_dropout, "input p! train=training!"),
     aten.alpha_dropout.default,
     inplace=(
-        spell(torch.alpha_dropout_, "input p train=training", inplace=True),
+        spell(torch.alpha_dropout_, "input p! train=training!", inplace=True),
         spell(aten.alpha_dropout_.default, inplace=True),
     ),
     random=_training,
@@ -432,10 +435,10 @@ def alpha_dropout(input, p=0.5, training=True, inplace=False): ...
 @op(
     spell(nn.FeatureAlphaDropout, attributes=lambda m: {"p": m.p, "training": m.training}),
     F.feature_alpha_dropout,
-    spell(torch.feature_alpha_dropout, "input p train=training"),
+    spell(torch.feature_alpha_dropout, "input p! train=training!"),
     aten.feature_alpha_dropout.default,
     inplace=(
-        spell(torch.feature_alpha_dropout_, "input p train=training", inplace=True),
+        spell(torch.feature_alpha_dropout_, "input p! train=training!", inplace=True),
         spell(aten.feature_alpha_dropout_.default, inplace=True),
     ),
     random=_training,

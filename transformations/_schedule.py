@@ -392,7 +392,7 @@ def _bits(mask: int) -> Iterator[int]:
 def _polish(problem: Problem, order: list[int], enough: int, effort: Effort) -> tuple[list[int], bool]:
     """``order``, made better around its peak as long as an exact search in a window there finds something."""
     radius, n = WINDOW, len(order)
-    while effort.steps > 0:
+    while effort.spend(n):
         timeline = Timeline(problem, order)
         peak = max(timeline.during)
         if peak <= enough:

@@ -299,9 +299,10 @@ class _Memory:
             source = ops.shares(self.gm, node)
             self.root[node] = self.root[source] if isinstance(source, Node) else node
         for node in self.gm.graph.nodes:
-            call = ops.read(self.gm, node)
-            if call is None or call.op is not v.detach:  # detach_ leaves the values alone
-                self.written |= {self.root[n] for n in ops.writes(self.gm, node)}
+            if written := ops.writes(self.gm, node):
+                call = ops.read(self.gm, node)
+                if call is None or call.op is not v.detach:  # detach_ leaves the values alone
+                    self.written |= {self.root[n] for n in written}
         for node in self.gm.graph.output_node().all_input_nodes:
             self.returned[self.root[node]] = self.returned.get(self.root[node], 0) + 1
 
