@@ -181,7 +181,8 @@ EXAMPLES = {
                                       "norm_weight2": f(5), "norm_bias2": None, "eps2": 1e-6}],
 }  # fmt: skip
 EXAMPLES.pop("matmul_same")
-TENSORLESS_VALUES = ("empty", "empty_like")  # whatever was in memory
+# Whatever was in memory; and masks that the spellings of 1, 2 and 3 dimensions draw each in its own order
+TENSORLESS_VALUES = ("empty", "empty_like", "feature_dropout", "feature_alpha_dropout")
 
 
 def graph_of(example):
