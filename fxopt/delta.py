@@ -141,7 +141,14 @@ _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), t
 
 def plain_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a ``node.meta`` that consist of plain values, and so can be written anywhere."""
+    if stack := meta.get("nn_module_stack"):  # the classes in it may be anybody's
+        named = {k: tuple(_class_name(v) for v in entry) for k, entry in stack.items()}
+        meta = {**meta, "nn_module_stack": named}
     return {k: v for k, v in meta.items() if _is_plain(v)}
+
+
+def _class_name(value: Any) -> Any:
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else value
 
 
 def _is_plain(value: Any) -> bool:

@@ -282,13 +282,27 @@ def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...
 def _in_place(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...]) -> None:
     found = commits(gm)
     commit, later = found[index], found[index + 1 :]
+    before = snapshot(gm)
     left = change()
+    if not left:
+        over = [d for c in later for d in c.deltas()] + list(edits)
+        over = patch.without(gm, commit.delta, diff(before, snapshot(gm)), over)
+        later, edits = _dealt(later, over)
     mine = () if left else commit.foreign
     if later:
         later = (dataclasses.replace(later[0], foreign=(*mine, *later[0].foreign)), *later[1:])
     else:
         edits = (*mine, *edits)
     store(gm, (*found[:index], *left, *later), snapshot(gm), edits)
+
+
+def _dealt(later: tuple[Commit, ...], over: list[Delta]) -> tuple[tuple[Commit, ...], tuple[Delta, ...]]:
+    """``later`` with the deltas ``over``, which go to its commits in order, and those that are left over."""
+    rest, found = iter(over), []
+    for c in later:
+        between = tuple(next(rest) for _ in c.foreign)
+        found.append(dataclasses.replace(c, foreign=between, delta=next(rest)))
+    return tuple(found), tuple(rest)
 
 
 def _take_off(gm: GraphModule, later: Sequence[Commit], edits: Sequence[Delta]) -> None:

@@ -240,6 +240,35 @@ def _apply_used(graph: Graph, added: frozenset[str], removed: frozenset[str], co
             space._base_count[base] = count
 
 
+def without(gm: GraphModule, gone: Delta, change: Delta, over: Sequence[Delta]) -> list[Delta]:
+    """
+    The deltas ``over``, which lie over ``gone``, as if that had never been.
+
+    ``gone`` was taken out from under them, which made ``change``.  What they say of the names handed out and of the
+    order of users, which no two deltas are apart in, is told anew, so that they can be taken back in their turn.
+    """
+    found = list(over)
+    inner = graphs(gm)
+    for path, (_, _, counts) in change.used.items():
+        for base, (now, was) in counts.items():
+            at = next((i for i, d in enumerate(found) if base in d.used.get(path, _NO_NAMES)[2]), None)
+            if at is not None and now is not None:
+                new, old, theirs = found[at].used[path]
+                used = {**found[at].used, path: (new, old, {**theirs, base: (was, theirs[base][1])})}
+                found[at] = dataclasses.replace(found[at], used=used)
+                inner[path].graph._graph_namespace._base_count[base] = now
+    order = snapshot(gm).users_by_name() if gone.users else {}
+    for key, (before, _) in gone.users.items():
+        touching = [i for i, d in enumerate(found) if key in d.users]
+        for i, side in ((touching[0], 0), (touching[-1], 1)) if touching and key in order else ():
+            pair = (before, found[i].users[key][1]) if side == 0 else (found[i].users[key][0], order[key])
+            found[i] = dataclasses.replace(found[i], users={**found[i].users, key: pair})
+    return found
+
+
+_NO_NAMES: tuple[frozenset[str], frozenset[str], dict[str, Pair]] = (frozenset(), frozenset(), {})
+
+
 def _arrange(graph: Graph, wanted: list[str], born: set[str]) -> None:
     """
     Put the nodes in the order ``wanted``.

@@ -74,18 +74,26 @@ def infer(gm: GraphModule, node: Node) -> Any:
                 mode = v.fake_mode
     if mode is None:
         return None
+    common: FakeTensorMode = mode
 
     def fake(n: Node) -> Any:
-        val = _known(gm, n)
-        if isinstance(val, torch.Tensor) and not isinstance(val, FakeTensor):
-            return mode.from_tensor(val, static_shapes=True)
-        return val
+        return tree_map_only(torch.Tensor, lambda t: _in_mode(t, common), _known(gm, n))
 
     args, kwargs = map_arg(node.args, fake), map_arg(node.kwargs, fake)
     with mode, torch.no_grad():
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _in_mode(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """``tensor`` as a fake tensor of ``mode``: ``make_fx`` gives every node a mode of its own."""
+    if not isinstance(tensor, FakeTensor):
+        return mode.from_tensor(tensor, static_shapes=True)
+    if tensor.fake_mode is mode or not all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride())):
+        return tensor
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _known(gm: GraphModule, node: Node) -> Any:

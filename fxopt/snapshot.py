@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Node
@@ -71,6 +71,8 @@ class Record:
         target = self.target
         if isinstance(target, OpOverload | OpOverloadPacket):
             target = _Named(f"torch.ops.{target}")
+        elif isinstance(target, HigherOrderOperator):
+            target = _Named(f"torch.ops.higher_order.{target.name()}")
         elif isinstance(target, types.BuiltinFunctionType):  # many of torch's cannot be pickled, but all can be found
             name = _get_qualified_name(target)
             target = _Named(name if "." in name else f"builtins.{name}")
@@ -185,6 +187,10 @@ class Snapshot:
 
     def name(self, node: Node) -> str:
         return self.names.get(node, node.name)
+
+    def users_by_name(self) -> dict[str, tuple[str, ...]]:
+        """The users of each node, in order."""
+        return {key: tuple(map(self.name, users)) for key, users in self.users.items()}
 
     def within(self, path: str) -> Snapshot:
         """What this says of the graph of the graph module at ``path``, and of that alone."""

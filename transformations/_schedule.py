@@ -369,11 +369,16 @@ class _Search:
             for succ in problem.after[following]:
                 if not self._waits[succ] & ~done:
                     ready |= 1 << succ
-            following = next(
-                (t for t in _bits(ready) if now + problem.made[t] <= peak and self._gain(t, done) <= 0), None
-            )
-            effort.spend()
+            following = self._harmless(done, ready, now, peak, effort)
         return _State(done, ready, now, peak, tuple(tasks), state)
+
+    def _harmless(self, done: int, ready: int, now: int, peak: int, effort: Effort) -> int | None:
+        """The first ready task that neither raises the peak nor leaves more memory in use."""
+        for task in _bits(ready):
+            effort.spend()
+            if now + self._problem.made[task] <= peak and self._gain(task, done) <= 0:
+                return task
+        return None
 
     def _gain(self, task: int, done: int) -> int:
         """The bytes that ``task`` adds to those in use when it runs after the tasks of ``done``."""

@@ -7,7 +7,6 @@ import io
 import pickle
 
 import hypothesis.strategies as st
-import pytest
 import torch
 
 from fxopt.delta import share
@@ -15,8 +14,6 @@ from fxopt.errors import FxoptError
 from fxopt.history import history, undo
 from tests.laws.asking import ANY, applied, drawn, law, same, shown, some
 from tests.laws.portrait import outputs, portrait
-
-pytestmark = pytest.mark.slow  # minutes; `make test-all` runs them
 
 
 def pickled(gm):

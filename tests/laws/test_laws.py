@@ -17,8 +17,6 @@ from tests.laws.asking import ANY, ASKED, EXAMPLES, OURS, OWN, applied, drawn, e
 from tests.laws.passes import FAILURES, Interrupted, WritesInPlace
 from tests.laws.portrait import outputs, portrait, values
 
-pytestmark = pytest.mark.slow  # minutes; `make test-all` runs them
-
 
 @law(2)
 def test_the_catalogue_computes_the_same(dialect, data):

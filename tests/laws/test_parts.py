@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from torch import nn
 
@@ -149,7 +148,6 @@ def undo_all(gm):
         undo(gm, 0)
 
 
-@pytest.mark.slow  # takes minutes, and still finds the users of a node in another order than they were
 @law()
 def test_what_cannot_be_made_again_is_undone_in_place_or_not_at_all(dialect, data):
     """Law 3, where a later transformation needed data: exact once all is undone, in whatever order."""
