@@ -77,6 +77,7 @@ def run(gm: GraphModule, transformation: Recordable, lint_and_recompile: bool = 
             raise IrreversibleEdit(
                 f"{', '.join(edited)} was modified in place; assign a new parameter instead, so that it can be undone"
             )
+        watch.forget_writes()
         watch.forget_gradients()
         own(gm)  # the modules that it brought along
         install(gm)

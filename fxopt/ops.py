@@ -349,6 +349,12 @@ def unread(gm: GraphModule, node: Node) -> tuple[Op, str] | None:
     return found if isinstance(found, tuple) else None
 
 
+def operation(gm: GraphModule, node: Node) -> tuple[Op | None, str | None]:
+    """The operation that ``node`` computes or looks like, and in the second case why it cannot be read as that."""
+    found = _read(gm, node)
+    return found if isinstance(found, tuple) else (found.op if found is not None else None, None)
+
+
 def _read(gm: GraphModule, node: Node) -> Call | tuple[Op, str] | None:
     if node.op == "call_module":
         return _read_module(gm, node)

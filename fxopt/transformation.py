@@ -172,16 +172,22 @@ class Rewrite(ReversibleTransformation):
                 if isinstance(found, Site):
                     found.replace(self.rewrite(found, **found.match.bindings))
 
+    def concerns(self, gm: GraphModule, node: Node, op: ops.Op) -> bool:
+        """Whether `misses` is to explain why ``node``, which computes a root's operation ``op``, stays."""
+        return True
+
     def misses(self, gm: GraphModule) -> Iterator[Miss]:
         """The nodes that have the right operation but are not rewritten, each with the reason."""
         wanted = roots(self.pattern)
         for inner in graphs(gm).values():
             for node in inner.graph.nodes:
-                call, doubt = ops.read(inner, node), ops.unread(inner, node)
-                if call is not None and call.op in wanted and isinstance(found := self._at(inner, node), Miss):
+                op, doubt = ops.operation(inner, node)
+                if op not in wanted or not self.concerns(inner, node, op):
+                    continue
+                if doubt is not None:
+                    yield Miss(node, doubt)
+                elif isinstance(found := self._at(inner, node), Miss):
                     yield found
-                elif doubt is not None and doubt[0] in wanted:
-                    yield Miss(node, doubt[1])
 
     def _at(self, gm: GraphModule, node: Node) -> Site | Miss:
         found = match(gm, self.pattern, node)

@@ -172,7 +172,18 @@ class Watch(TorchDispatchMode):
                 slot.value.requires_grad_(slot.requires_grad)
         for storage, content in self._saved.items():
             self._bytes(storage).copy_(content)
+        self.forget_writes()
         self.forget_gradients()
+
+    def forget_writes(self) -> None:
+        """Let tensors that were written to, and hold what they held again, count as not written to."""
+        written = {
+            id(s.value): s
+            for s in self._before.values()
+            if not s.value.is_inference() and s.value._version != s.version and _storage(s.value) in self._saved
+        }
+        for slot in written.values():
+            torch._C._autograd._unsafe_set_version_counter((slot.value,), (slot.version,))
 
 
 class _Exits(TorchFunctionMode):

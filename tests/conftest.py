@@ -18,6 +18,9 @@ hypothesis.settings.register_profile(
     deadline=None,
     print_blob=True,
 )
+hypothesis.settings.register_profile(  # to see failures at once: pytest --hypothesis-profile=unshrunk
+    "unshrunk", hypothesis.settings.get_profile("fxopt"), phases=[hypothesis.Phase.generate]
+)
 hypothesis.settings.load_profile("fxopt")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,7 @@ from torch.fx import GraphModule, Node
 
 from fxopt import ops as mechanism
 from fxopt import vocabulary as ops
-from fxopt.delta import graphs
-from fxopt.pattern import Constant, Miss, Number, OptionalConstant, Var, roots
+from fxopt.pattern import Constant, Number, OptionalConstant, Var
 from fxopt.pattern import Tensor as AnyTensor
 from fxopt.transformation import New, Rewrite, Site
 from fxopt.transformations._constants import unfit
@@ -85,28 +83,13 @@ class BatchNormRewrite(Rewrite):
             weight, bias = nn.Parameter(weight, old.requires_grad), nn.Parameter(bias, trained)
         return New(weight, path), New(bias, bias_path)
 
-    def misses(self, gm: GraphModule) -> Iterator[Miss]:
-        """The batch normalisations, and the layers after one, that stay, each with the reason."""
-        wanted = roots(self.pattern)
-        for inner in graphs(gm).values():
-            for node in inner.graph.nodes:
-                concerned = _operation(inner, node) in wanted and (
-                    _is_norm(inner, node) or any(_is_norm(inner, n) for n in node.all_input_nodes)
-                )
-                if concerned and isinstance(found := self._at(inner, node), Miss):
-                    yield found
-
-
-def _operation(gm: GraphModule, node: Node) -> mechanism.Op | None:
-    call = mechanism.read(gm, node)
-    if call is not None:
-        return call.op
-    doubt = mechanism.unread(gm, node)
-    return None if doubt is None else doubt[0]
+    def concerns(self, gm: GraphModule, node: Node, op: mechanism.Op) -> bool:
+        """The batch normalisations, and the layers after one."""
+        return op is ops.batch_norm or any(_is_norm(gm, n) for n in node.all_input_nodes)
 
 
 def _is_norm(gm: GraphModule, node: Node) -> bool:
-    return _operation(gm, node) is ops.batch_norm
+    return mechanism.operation(gm, node)[0] is ops.batch_norm
 
 
 @dataclass(frozen=True)
@@ -172,7 +155,7 @@ def _per_channel(weight: Tensor, factors: Tensor, axis: int, groups: int) -> Ten
 
 def _other_channels(fold: _Fold, x: Node) -> str | None:
     """Why dimension 1, which a normalisation takes for the channels, may be another than the layer's."""
-    layer = next(n for n in fold.at.match.nodes if _operation(fold.at.gm, n) is fold.op)
+    layer = next(n for n in fold.at.match.nodes if mechanism.operation(fold.at.gm, n)[0] is fold.op)
     norm = next(n for n in fold.at.match.nodes if _is_norm(fold.at.gm, n))
     between, wanted = (x if fold.norm_first else layer), _DIMENSIONS[fold.op]
     value = fold.at.value(between)

@@ -109,17 +109,22 @@ class PackWeights(Rewrite):
                 found.replace(self.rewrite(found, **found.match.bindings))
         _restore_layouts(graph_module)
 
+    def concerns(self, gm: GraphModule, node: Node, op: reading.Op) -> bool:
+        """The linears and convolutions; what follows one is not packed for its own sake."""
+        return op in roots(_PRODUCT)
+
     def misses(self, gm: GraphModule) -> Iterator[Miss]:
         """The linears and convolutions that stay as they are, each with the reason."""
-        products = roots(_PRODUCT)
         for inner in graphs(gm).values():
             writer = _shared_write(inner)
             for node in inner.graph.nodes:
-                call, doubt = reading.read(inner, node), reading.unread(inner, node)
-                if call is not None and call.op in products and (miss := self._miss(inner, call.op, node, writer)):
+                op, doubt = reading.operation(inner, node)
+                if op is None or not self.concerns(inner, node, op):
+                    continue
+                if doubt is not None:
+                    yield Miss(node, doubt)
+                elif miss := self._miss(inner, op, node, writer):
                     yield miss
-                elif doubt is not None and doubt[0] in products:
-                    yield Miss(node, doubt[1])
 
     def _miss(self, gm: GraphModule, op: reading.Op, node: Node, writer: Node | None) -> Miss | None:
         terms = [t for t in zip(_PRODUCT.terms, _PRODUCT.binds, strict=True) if op in roots(t[0])]

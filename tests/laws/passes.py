@@ -414,6 +414,16 @@ class Invalid(Plain):
             gm.graph.call_function(torch.neg, (next(n for n in reversed(gm.graph.nodes) if n.op != "output"),))
 
 
+@torch.no_grad()
+def set_anew(p):
+    p.set_(torch.full_like(p, 11))
+
+
+def flip(p):
+    if not hasattr(p, "flipped"):  # it is asked of each graph module, and two may share it
+        p.flipped = p.requires_grad_(not p.requires_grad)
+
+
 class WritesInPlace(Plain):
     """Writes to a parameter that the caller's model holds too."""
 
@@ -427,11 +437,11 @@ class WritesInPlace(Plain):
             lambda p: p.data.view(-1)[:1].fill_(17),
             lambda p: torch.add(p.detach(), 1, out=p.data),
             lambda p: p.detach().numpy().fill(3),
-            lambda p: p.requires_grad_(not p.requires_grad),
+            flip,
             lambda p: torch.nn.init.constant_(p, 5),
             lambda p: p.untyped_storage().fill_(1),
-            lambda p: p.data.set_(torch.zeros_like(p)),
-            lambda p: p.data.copy_(torch.zeros_like(p)),
+            set_anew,
+            lambda p: p.data.copy_(torch.full_like(p, 12)),
         )
         ways[self.pick % len(ways)](parameter)
 
