@@ -26,6 +26,7 @@ from fxopt.snapshot import (
     same,
     same_container,
     snapshot,
+    uncollected,
 )
 
 __all__ = ["MARKS", "Delta", "Record", "Ref", "Slot", "Snapshot", "diff", "graph_of", "graphs", "share", "snapshot"]
@@ -169,6 +170,7 @@ def same_codegen(a: Held, b: Held) -> bool:
 # --- comparing ----------------------------------------------------------------------------------------------------
 
 
+@uncollected()
 def diff(before: Snapshot, after: Snapshot) -> Delta:
     """What differs between two snapshots of the same graph module."""
     # A graph module that came, went or was replaced as a whole is one slot; its nodes are its own affair.

@@ -24,13 +24,13 @@ from fxopt.watch import Watch, own
 __all__ = ["Commit", "Edited", "Recordable", "atomic", "commits", "find", "history", "run", "undo", "undo_rewrite"]
 
 Edited = Literal["refuse", "carry", "discard"]
-Change = Callable[[], tuple[Commit, ...]]  # edits the graph module; what is left of the commit
+Change = Callable[[Snapshot], tuple[Commit, ...]]  # edits the graph module given as it is; what is left of the commit
 
 
 @contextlib.contextmanager
-def atomic(gm: GraphModule) -> Iterator[Snapshot]:
-    """Run the body; if it raises, put ``gm`` and its history back as they were."""
-    before, known = snapshot(gm), kept(gm)
+def atomic(gm: GraphModule, now: Snapshot | None = None) -> Iterator[Snapshot]:
+    """Run the body; if it raises, put ``gm``, which is as ``now`` says, and its history back as they were."""
+    before, known = now or snapshot(gm), kept(gm)
     try:
         yield before
     except BaseException:
@@ -187,8 +187,8 @@ def undo(gm: GraphModule, index: int, edited: Edited = "refuse") -> None:
     """
     commit = commits(gm)[index]
 
-    def take_back() -> tuple[Commit, ...]:
-        _revert(gm, commit, commit.active(), edited)
+    def take_back(now: Snapshot) -> tuple[Commit, ...]:
+        _revert(gm, commit, commit.active(), edited, now)
         return ()
 
     _rebase(gm, index, take_back, commit.active())
@@ -201,8 +201,8 @@ def undo_rewrite(gm: GraphModule, index: int, part: str, edited: Edited = "refus
         return
     going = joined([p.delta for p in commit.parts if p.id == part], commit.delta)
 
-    def take_back() -> tuple[Commit, ...]:
-        _revert(gm, commit, going, edited)
+    def take_back(now: Snapshot) -> tuple[Commit, ...]:
+        _revert(gm, commit, going, edited, now)
         return (dataclasses.replace(commit, undone=commit.undone | {part}),)
 
     _rebase(gm, index, take_back, going)
@@ -216,7 +216,7 @@ def redo_rewrite(gm: GraphModule, index: int, part: str) -> None:
     coming = joined([p.delta for p in commit.parts if p.id == part], commit.delta)
     left = commit.undone - {part}
 
-    def make_again() -> tuple[Commit, ...]:
+    def make_again(now: Snapshot) -> tuple[Commit, ...]:
         _put_on(gm, coming if left else whole(coming, commit.delta), f"rewrite {part} of {commit.signature}")
         return (dataclasses.replace(commit, undone=left),)
 
@@ -247,31 +247,31 @@ def _rebase(gm: GraphModule, index: int, change: Change, going: Delta) -> None:
     if stuck and not apart:
         raise Conflict(_why_stuck(found[index], going, stuck, now))
     try:
-        with atomic(gm):
+        with atomic(gm, now):
             make = _in_place if stuck else _replay
-            make(gm, index, change, edits)
+            make(gm, index, change, edits, now)
             _lint(gm)
     except Conflict:
         if stuck or not apart:
             raise
-        with atomic(gm):  # an edit outside of fxopt lies over a later commit, but not over this one
-            _in_place(gm, index, change, edits)
+        with atomic(gm, now):  # an edit outside of fxopt lies over a later commit, but not over this one
+            _in_place(gm, index, change, edits, now)
             _lint(gm)
-    _recompile(gm)
+    _recompile(gm, None if later or edits or found[index].foreign else going)
 
 
-def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...]) -> None:
+def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...], now: Snapshot) -> None:
     found = commits(gm)
     commit, later = found[index], found[index + 1 :]
     _take_off(gm, later, edits)
-    before = snapshot(gm)
-    left = change()
+    before = snapshot(gm) if later or edits else now
+    left = change(before)
     mine = () if left else commit.foreign
     _take_off(gm, (), mine)
-    store(gm, (*found[:index], *left), snapshot(gm))
+    store(gm, (*found[:index], *left), after := snapshot(gm))
     for edit in mine:
         _put_on(gm, edit, f"an edit outside of fxopt, before {commit.signature},")
-    moved = diff(before, snapshot(gm)).existence()
+    moved = diff(before, snapshot(gm) if mine else after).existence() if later or edits else set()
     for c in later:
         for edit in c.foreign:
             _put_on(gm, edit, f"an edit outside of fxopt, before {c.signature},", moved)
@@ -280,11 +280,10 @@ def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...
         _put_on(gm, edit, "an edit outside of fxopt", moved)
 
 
-def _in_place(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...]) -> None:
+def _in_place(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...], before: Snapshot) -> None:
     found = commits(gm)
     commit, later = found[index], found[index + 1 :]
-    before = snapshot(gm)
-    left = change()
+    left = change(before)
     if not left:
         over = [d for c in later for d in c.deltas()] + list(edits)
         over = patch.without(gm, commit.delta, diff(before, snapshot(gm)), over)
@@ -362,9 +361,9 @@ def _equal_tensors(a: Any, b: Any) -> bool:
     return alike and a.stride() == b.stride() and a.requires_grad == b.requires_grad and torch.equal(a, b)
 
 
-def _revert(gm: GraphModule, commit: Commit, going: Delta, edited: Edited) -> None:
+def _revert(gm: GraphModule, commit: Commit, going: Delta, edited: Edited, now: Snapshot | None = None) -> None:
     inverse = going.inverse()
-    now = snapshot(gm)
+    now = now or snapshot(gm)
     if problems := patch.conflicts(gm, inverse, now):
         raise Conflict(
             f"{commit.signature} cannot be undone: {'; '.join(problems[:3])}, by an edit outside of fxopt; "

@@ -26,6 +26,7 @@ from fxopt.snapshot import (
     same_container,
     snapshot,
     state,
+    uncollected,
 )
 
 
@@ -86,6 +87,7 @@ def edited(delta: Delta, now: Snapshot) -> list[str]:
     ]
 
 
+@uncollected()
 def apply(gm: GraphModule, delta: Delta) -> None:
     """Bring ``gm`` from the 'before' of ``delta`` to its 'after'; ask `conflicts` first."""
     _apply_state(gm, delta)

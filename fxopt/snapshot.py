@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import importlib
 import math
 import pickle
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -216,6 +218,18 @@ class Snapshot:
         )
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Let the garbage collector wait: it would read all of a large snapshot again and again while that is built."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def graphs(gm: GraphModule) -> dict[str, GraphModule]:
     """``gm`` and the graph modules inside it, by path; each once."""
     return {path: m for path, m in gm.named_modules() if isinstance(m, GraphModule)}
@@ -236,6 +250,7 @@ def path_in(graph: str, target: str) -> str:
     return f"{graph}.{target}" if graph else target
 
 
+@uncollected()
 def snapshot(gm: GraphModule) -> Snapshot:
     """Everything about ``gm`` that a transformation can change, by name and reference."""
     raw: dict[str, tuple[Any, ...]] = {}
@@ -287,7 +302,7 @@ def state(gm: nn.Module) -> State:
             slots[prefix + name] = Slot("module", child)
         entries[path] = (tuple(module._parameters), tuple(module._buffers), tuple(module._modules))
         for name, value in plain_attributes(module).items():
-            attributes[path, name] = Held(value, copy.copy(value) if type(value) in _CONTAINERS else None)
+            attributes[path, name] = Held(value, value.copy() if type(value) in _CONTAINERS else None)
     return slots, attributes, entries
 
 

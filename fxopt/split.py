@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fxopt.delta import Delta, related
-from fxopt.snapshot import Record, Slot, graph_of, node_key, path_in
+from fxopt.snapshot import Record, Slot, graph_of, node_key, path_in, uncollected
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Part:
         return nodes | {p for p, (before, _) in self.delta.slots.items() if before is not None}
 
 
+@uncollected()
 def split(delta: Delta) -> tuple[Part, ...]:
     """
     The independent parts of ``delta``, in graph order.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.delta import share
-from fxopt.snapshot import OWNER, Snapshot, has_memory, slot_of
+from fxopt.snapshot import OWNER, Snapshot, has_memory, slot_of, uncollected
 
 _CONTAINERS: tuple[type, ...] = (dict, list, set, OrderedDict)
 
@@ -22,6 +21,7 @@ class Owner:
     """The identity of the graph module that owns a module object."""
 
 
+@uncollected()
 def own(gm: GraphModule) -> None:
     """
     Give ``gm`` module objects of its own, which hold the same tensors.
@@ -63,7 +63,7 @@ def _clone(module: nn.Module, token: Owner) -> nn.Module:
         return module
     clone: nn.Module = object.__new__(kind)
     for name, value in module.__dict__.items():
-        clone.__dict__[name] = copy.copy(value) if type(value) in _CONTAINERS else value
+        clone.__dict__[name] = value.copy() if type(value) in _CONTAINERS else value
     clone.__dict__[OWNER] = token
     return clone
 
