@@ -286,6 +286,8 @@ def packed_conv2d_kernel(
     activation: str,
 ) -> Tensor:
     """`packed_conv2d`, with oneDNN on the CPU; the activation is in place on the fresh sum."""
+    if weight.shape[2:] == _ONE_BY_ONE and groups == 1 and [*stride, *padding] == _PLAIN and x.dim() == 4:
+        return _product_of_pixels(x, weight, bias, other, activation)
     key = (x.shape, groups, *stride, *padding, *dilation)
     packed = _find(weight, key)
     if packed is None or not packed.takes(x, bias, other):
@@ -300,6 +302,28 @@ def packed_conv2d_kernel(
     else:
         y = _run_conv_add(x, other, packed.weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], "")
     return _activate_(y, activation)
+
+
+_ONE_BY_ONE, _PLAIN = (1, 1), [1, 1, 0, 0]
+
+
+def _product_of_pixels(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, activation: str) -> Tensor:
+    """
+    A convolution by single pixels, which is a linear layer over the channels: 0.95 to 1 of a convolution's time.
+
+    Adding ``other`` in place afterwards beats oneDNN's post-op (64 → 256 channels of 56×56: 0.75 of its time). One
+    packed copy serves all sizes.
+    """
+    packed = _find(weight, "1x1")
+    if packed is None or not packed.takes(x, bias) or x.shape[1] != weight.shape[1] or x.numel() == 0:
+        y = F.conv2d(x, weight, bias)
+        if packed is None and x.dtype == weight.dtype and y.numel() > 0:
+            _pack_on_repetition(weight, "1x1", lambda: _pack_linear(weight.flatten(1), False))
+    else:
+        y = _run_linear(x.permute(0, 2, 3, 1), packed.weight, bias, "none", [], "").permute(0, 3, 1, 2)
+    if other is not None:
+        y = y.add_(other) if other.shape == y.shape and other.dtype is y.dtype else y + other
+    return _activate_(y, activation).contiguous(memory_format=torch.channels_last)
 
 
 def _pack_convolution(

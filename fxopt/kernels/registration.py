@@ -37,6 +37,7 @@ def register(reference: Callable[..., Any], kernel: Callable[..., Any]) -> OpOve
     name = reference.__name__
     _library.define(name + torch.library.infer_schema(reference, mutates_args=()))
     overload: OpOverload[..., Any] = getattr(torch.ops.fxopt, name).default
+    tensors = tuple(i for i, a in enumerate(overload._schema.arguments) if "Tensor" in str(a.type))
 
     def below_autograd(*arguments: Any) -> Any:
         if torch._C._is_any_autocast_enabled():
@@ -47,11 +48,12 @@ def register(reference: Callable[..., Any], kernel: Callable[..., Any]) -> OpOve
         # Every call passes here: one plain loop, as generator expressions would double the cost of the whole dispatch.
         grad = torch.is_grad_enabled()
         plain = torch._C._len_torch_dispatch_stack() == 0
-        for argument in arguments:
+        for i in tensors:
+            argument = arguments[i] if i < len(arguments) else None  # defaults at the end are left out
+            if argument is None:
+                continue
             kind = type(argument)
             if kind is not Tensor and kind is not Parameter:
-                if not isinstance(argument, Tensor):
-                    continue
                 plain = False
             if grad and argument.requires_grad:
                 return reference(*arguments)
