@@ -393,7 +393,7 @@ class _Questions:
 
     @contextmanager
     def progress(self, steps: int) -> Iterator[Callable[[str], None]]:
-        if not self.show:
+        if not self.show or self._console.is_jupyter:  # a notebook shows a bar with ipywidgets alone
             with nullcontext():
                 yield lambda _: None
             return
