@@ -7,6 +7,7 @@ rests on was given, and where answers contradict that assumption it is said.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,22 +59,28 @@ def _middles(low: int, high: int) -> Iterator[int]:
 # ---------------------------------------------------------------------------------------------------- delta debugging
 
 
-def complete(count: int, known: Items, ask: Ask, low: int = 0) -> tuple[Items, tuple[int, int] | None]:
+def complete(
+    count: int, known: Items, ask: Ask, enough: Callable[[Items], bool], low: int = 0
+) -> tuple[Items, tuple[int, int] | None]:
     """
     Items that are bad together, the items ``known`` among them; and a range that could not be told apart, if any.
 
-    ``known`` with all of 1 to ``count`` is bad, with 1 to ``low`` it is not.  Each further item is found by halving:
-    the last of the shortest prefix that is bad with those known (QuickXplain: Junker, AAAI 2004).  What is returned
-    was asked, and is bad, unless there is such a range, whose items are then all in it.
+    ``known`` with all of 1 to ``count`` is bad, with 1 to ``low`` it is not; ``enough`` tells whether some are bad
+    without others.  Each further item is found by halving: the last of the shortest prefix that is bad with those known
+    (QuickXplain: Junker, AAAI 2004).  Where there is such a range, all of it is among the items.
     """
     while count > low:
-        down, up = halve(low, count, lambda k, held=known: ask(held | prefix(k)))  # type: ignore[misc]
+        down, up = halve(low, count, functools.partial(_with_prefix, ask, known))
         if up - down > 1:
             return known | frozenset(range(down + 1, up + 1)), (down + 1, up)
         known, count, low = known | {up}, up - 1, 0
-        if ask(known) == "bad":
+        if enough(known):
             break
     return known, None
+
+
+def _with_prefix(ask: Ask, known: Items, count: int) -> Verdict:
+    return ask(known | prefix(count))
 
 
 def prefix(count: int) -> Items:

@@ -139,7 +139,7 @@ def flat(pipeline: object) -> list[Transformation]:
 def _flattened(given: Sequence[object]) -> Iterator[Transformation]:
     for one in given:
         t = adopt(one)
-        if type(t) is Pipeline:
+        if isinstance(t, Pipeline):
             yield from t.transformations
         else:
             yield t
