@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,8 @@ class Bisection:
     def _repr_html_(self) -> str:
         return to_html(self)
 
-    def lines(self) -> list[str]:
-        """The result in words, one fact a line."""
+    def lines(self, limits: bool = True) -> list[str]:
+        """The result in words, one fact a line; the limits that lead to the last good and the first bad if asked."""
         told = [self.summary]
         for r in self.interacting or (() if self.rewrite is None else (self.rewrite,)):
             told += [f"  in {r.module_path}" if r.module_path else "", f"  from {r.source}" if r.source else ""]
@@ -169,10 +169,21 @@ class Bisection:
             told.append(f"  fails: {self.failure.text}")
         if self.repro is not None and self.repro.confirmed:
             told.append(f"  reproducer: {'→'.join(map(str, self.repro.size))} operations, failed in a fresh process")
-        told += [f"  last good: limit={self.last_good!r}"] if self.last_good else []
-        told += [f"  first bad: limit={self.first_bad!r}"] if self.first_bad else []
+        told += [f"  last good: limit={self.last_good!r}"] if limits and self.last_good else []
+        told += [f"  first bad: limit={self.first_bad!r}"] if limits and self.first_bad else []
         told += [f"  note: {n}" for n in self.notes]
         return list(filter(None, told))
+
+
+def _short(answer: Answer) -> str:
+    """What is new in an answer that is not the first of its kind."""
+    return answer.note if answer.verdict == "skip" else answer.note.partition(" (")[0].partition(" on ")[0]
+
+
+def _total(tensor: torch.Tensor) -> str:
+    """A number that tells tensors apart, for the journal: the same model with other weights is another bisection."""
+    dense = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    return "" if dense.is_meta else repr(dense.detach().double().nan_to_num().sum().item())
 
 
 def _counts(r: Rewrite) -> str:
@@ -260,9 +271,11 @@ class _Search:
 
     def about(self) -> dict[str, Any]:
         """What is bisected, for the journal."""
-        text = "\n".join(f"{n.name} {n.op} {n.args} {n.kwargs}" for n in self.gm.graph.nodes)
+        text = [f"{n.name} {n.op} {n.args} {n.kwargs}" for n in self.gm.graph.nodes]
+        tensors = [*self.gm.state_dict().items(), *(pair for case in self.check.cases for pair in case.tensors())]
+        text += [f"{name} {t.dtype} {tuple(t.shape)} {_total(t)}" for name, t in tensors]
         return {
-            "graph": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "graph": hashlib.sha256("\n".join(text).encode()).hexdigest()[:16],
             "pipeline": [t.signature for t in self.trials.transformations],
         }
 
@@ -285,7 +298,8 @@ class _Search:
         if self.failure is None and answer.verdict == "bad":
             self.failure = Failure(**answer.data)
             self.check.remember(self.failure)
-        self.probes.append(Probe(what, answer.verdict, answer.note, answer.seconds, known is not None))
+        note = answer.note if len(self.probes) < 2 else _short(answer)
+        self.probes.append(Probe(what, answer.verdict, note, answer.seconds, known is not None))
         self.say(f"probe {len(self.probes)}: {self.probes[-1]}")
         return answer
 
@@ -354,7 +368,7 @@ class _Search:
         """The result, where the first ``number`` rewrites are bad and one fewer are good."""
         items: Items = frozenset({number})
         context = self._alone(items)
-        if context is None and self.record(items) == "good" or self._needs_others(items):
+        if (context is None and self.record(items) == "good") or self._needs_others(items):
             # Rare enough to ask the two answers that say so again.
             if any([self.record.doubt(prefix(number)), self.record.doubt(prefix(number - 1))]):
                 return self._result(flaky=True)
@@ -375,7 +389,7 @@ class _Search:
         return prefix(self.trials.stage(min(items)).first - 1)
 
     def _alone(self, items: Items) -> Items | None:
-        """What has to be applied for ``items`` to be bad: nothing, or all transformations before; None if it is more."""
+        """What ``items`` need in order to be bad: nothing, or all transformations before theirs; None if it is more."""
         if (verdict := self.record(items)) == "bad":
             return frozenset()
         before = self._before(items)
@@ -397,9 +411,8 @@ class _Search:
     ) -> Bisection:
         if (masked := self.record.masked()) is not None:
             bad, good = masked
-            self.notes.append(
-                f"not monotonic: rewrites {spans(bad) or '0'} of the pipeline are bad, and good with {spans(good - bad)}"
-            )
+            hiding = spans(good - bad)
+            self.notes.append(f"not monotonic: rewrites {spans(bad)} of the pipeline are bad, and good with {hiding}")
         stage = self.trials.stage(number)
         found = self._result(stage, items, number)
         self.say(f"culprit: {found.rewrite.id if found.rewrite else stage.transformation.signature}")

@@ -29,7 +29,7 @@ SLOWER = 1.05  # a ratio below this is no regression that a bisection could foll
 
 @dataclass(frozen=True)
 class Failure:
-    """One way to fail: what kind, at which output, in one line; on which input set, and how much where it is a ratio."""
+    """One way to fail: what kind, at which output, in one line; on which input set; the ratio of a slower one."""
 
     kind: str
     where: str = ""
@@ -80,7 +80,7 @@ class Check(ABC):
     def judge(self, gm: GraphModule) -> Judgement:
         """What of ``gm`` fails."""
 
-    def remember(self, failure: Failure) -> None:
+    def remember(self, failure: Failure) -> None:  # noqa: B027 - few checks need it
         """Take note of the failure that is looked for."""
 
     def about(self) -> dict[str, Any]:
@@ -187,7 +187,9 @@ class Slower(Check):
                 return Judgement((Failure("slower", "latency", text, ratio=found.ratio),))
             if high <= self.threshold:
                 return Judgement(text=f"{found.ratio:.2f} × the original's latency")
-        return Judgement(skip=f"{found.ratio:.2f} [{low:.2f}, {high:.2f}] × the original's latency cannot be told apart")
+        return Judgement(
+            skip=f"{found.ratio:.2f} [{low:.2f}, {high:.2f}] × the original's latency cannot be told apart"
+        )
 
     def _compare(self, gm: GraphModule, rounds: int) -> Comparison:
         return benchmark(self.original, gm, self.inputs, rounds=rounds, memory=False, precision=0.02, max_time=5.0)

@@ -70,9 +70,8 @@ def _options(op: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> It
         a, b = before.get(key), after.get(key)
         if _is_tensor(a) and _is_tensor(b):
             continue
-        if _is_tensor(a) or _is_tensor(b):
-            yield f"{op} {key} {_said(a)} → {_said(b)}"
-        elif not _holds_nodes(a) and not _holds_nodes(b) and (type(a) is not type(b) or a != b):
+        plain = not _holds_nodes(a) and not _holds_nodes(b)
+        if _is_tensor(a) or _is_tensor(b) or (plain and (type(a) is not type(b) or a != b)):
             yield f"{op} {key} {_said(a)} → {_said(b)}"
 
 

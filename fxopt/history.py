@@ -21,7 +21,19 @@ from fxopt.snapshot import Snapshot, graph_of, graphs, node_key, slot_of, snapsh
 from fxopt.split import Part, joined, whole
 from fxopt.watch import Watch, own
 
-__all__ = ["Commit", "Edited", "Recordable", "atomic", "commits", "find", "history", "run", "undo", "undo_rewrite", "undo_rewrites"]
+__all__ = [
+    "Commit",
+    "Edited",
+    "Recordable",
+    "atomic",
+    "commits",
+    "find",
+    "history",
+    "run",
+    "undo",
+    "undo_rewrite",
+    "undo_rewrites",
+]
 
 Edited = Literal["refuse", "carry", "discard"]
 Change = Callable[[Snapshot], tuple[Commit, ...]]  # edits the graph module given as it is; what is left of the commit

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Template
@@ -57,7 +57,7 @@ def graph(name):
     return from_json(json.loads((HERE / f"{name}.json").read_text()), tensors)
 
 '''
-_TAIL = '''
+_TAIL = """
 
 if __name__ == "__main__":
     try:
@@ -66,7 +66,7 @@ if __name__ == "__main__":
         traceback.print_exc()
         code = 2
     sys.exit(code)
-'''
+"""
 _INPUTS = '''
 def inputs():
     """The inputs in order, tensors (with the strides that they had) and numbers."""
@@ -197,7 +197,7 @@ def _outcome(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return {"confirmed": False, "note": f"in a fresh process it ends with exit code {done.returncode}: {last}"}
 
 
-# ----------------------------------------------------------------------------------------------------- what goes into it
+# ---------------------------------------------------------------------------------------------------- what goes into it
 
 
 def of_rewrite(
@@ -289,7 +289,7 @@ def of_pass(
     writers: tuple[Callable[[Path], None], ...] = (
         lambda folder: _write_graphs(folder, {"before": before}),
         lambda folder: write_json(folder / "transformation.json", saved),
-        lambda folder: [shutil.copy(path, folder / path.name) for path in source] and None,
+        lambda folder: _copy_files(folder, source),
         lambda folder: _write_script(folder, title, Template(_PASS).substitute(again=AGAIN, kind=repr(kind))),
     )
     size = sum(n.op.startswith("call_") for n in before.graph.nodes)
@@ -322,12 +322,17 @@ def of_script(after: GraphModule, case: InputSet, command: str, title: str, fact
     return Repro(title, facts, writers, (size, size))
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON."""
     path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _copy_files(folder: Path, files: Sequence[Path]) -> None:
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
 
 
 def _write_script(folder: Path, title: str, body: str) -> None:

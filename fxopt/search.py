@@ -195,7 +195,7 @@ class Journal:
 
     def note(self, key: str, answer: Answer) -> None:
         """Keep an answer."""
-        entry = {"key": key, "verdict": answer.verdict, "note": answer.note}
+        entry: dict[str, Any] = {"key": key, "verdict": answer.verdict, "note": answer.note}
         entry |= {"seconds": round(answer.seconds, 6), "data": dict(answer.data)}
         self.known[key] = entry
         if self.path is not None:

@@ -106,7 +106,7 @@ class Trials:
         except FxoptError as error:
             raise Unbuildable(f"{stage.transformation.signature} needs what was left out ({error})") from error
         fresh = commits(gm)[-1]
-        kept = set()
+        kept: set[str] = set()
         for number in sorted(some):
             part = stage.parts[number - stage.first]
             if (found := _recognised(part, fresh, kept)) is None:
