@@ -227,7 +227,7 @@ def bisect(
 
     The failure of the whole pipeline is remembered, and only the same one (the same output, in the same way) counts.
     A transformation that raises is itself the culprit.  ``directory``: keep a journal of the answers there, from which
-    ``resume`` goes on; nothing is kept elsewhere.  ``confirm=False`` makes no reproducer.  ``say`` gets a line for each
+    ``resume`` goes on; nothing is kept elsewhere.  ``confirm=False`` makes the reproducer but does not run it, so nothing counts as found.  ``say`` gets a line for each
     probe as it is made.
 
     Raises `UsageError` if the original itself fails the check.
@@ -416,8 +416,6 @@ class _Search:
         stage = self.trials.stage(number)
         found = self._result(stage, items, number)
         self.say(f"culprit: {found.rewrite.id if found.rewrite else stage.transformation.signature}")
-        if not confirm:
-            return replace(found, notes=(*found.notes, "no reproducer was asked for"))
         before, after = self.trials.build(context), self.trials.build(context | items)
         title, facts = self._title(found), self._facts(found)
         assert self.failure is not None
@@ -426,11 +424,13 @@ class _Search:
             made = of_script(after, self.check.cases[0], self.check.command, title, facts)
         else:
             made = of_rewrite(before, after, self.check, self.failure, title, facts, tolerances)
-        return self._confirmed(found, made)
+        return self._confirmed(found, made, confirm)
 
-    def _confirmed(self, found: Bisection, made: Repro | str) -> Bisection:
+    def _confirmed(self, found: Bisection, made: Repro | str, confirm: bool) -> Bisection:
         if isinstance(made, str):
             return replace(found, notes=(*found.notes, f"no reproducer: {made}"))
+        if not confirm:
+            return replace(found, repro=replace(made, note="it was not tried"))
         self.say("running the reproducer in a fresh process")
         return replace(found, repro=made.confirm())
 
@@ -448,10 +448,8 @@ class _Search:
             last_good=spelled(self.trials.transformations, index - 1) if index else None,
             first_bad=spelled(self.trials.transformations, index),
         )
-        if not confirm:
-            return replace(found, notes=(*found.notes, "no reproducer was asked for"))
         before = self.trials.build(prefix(self.trials.count))
-        return self._confirmed(found, of_pass(before, t, error, self._title(found), self._facts(found)))
+        return self._confirmed(found, of_pass(before, t, error, self._title(found), self._facts(found)), confirm)
 
     def _undecided(self, low: int, high: int) -> Bisection:
         """The result, where all between ``low``, which is good, and ``high``, which is bad, was skipped."""
