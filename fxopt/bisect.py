@@ -227,8 +227,8 @@ def bisect(
 
     The failure of the whole pipeline is remembered, and only the same one (the same output, in the same way) counts.
     A transformation that raises is itself the culprit.  ``directory``: keep a journal of the answers there, from which
-    ``resume`` goes on; nothing is kept elsewhere.  ``confirm=False`` makes the reproducer but does not run it, so nothing counts as found.  ``say`` gets a line for each
-    probe as it is made.
+    ``resume`` goes on; nothing is kept elsewhere.  ``confirm=False`` makes the reproducer but does not run it, so that
+    nothing counts as found.  ``say`` gets a line for each probe as it is made.
 
     Raises `UsageError` if the original itself fails the check.
     """

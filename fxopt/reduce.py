@@ -230,10 +230,16 @@ class _Scene:
         last = [p[0] for p in ends if p[0] is not None], [p[1] for p in ends if p[1] is not None]
         if returned and not last[0]:  # it raises after: what stood there before
             last = [n for n in self.changed if n in self._before.raw and n != "output"], last[1]
-        regions = self._region(self.old, last[0]), self._region(self.new, last[1])
         direct = [n for out in last for n in out if n not in self.open] if returned else []
-        names = list(dict.fromkeys([*direct, *_inputs(self.old, regions[0]), *_inputs(self.new, regions[1])]))
         values = self.old.values | {k: v for k, v in self.new.values.items() if k not in self.old.values}
+        inside = self.open
+        while True:
+            regions = _region(self.old, last[0], inside), _region(self.new, last[1], inside)
+            names = list(dict.fromkeys([*direct, *_inputs(self.old, regions[0]), *_inputs(self.new, regions[1])]))
+            lists = {n for n in names if n in values and not _can_be_input(values[n])}  # they are made inside
+            if not lists - inside:
+                break
+            inside = inside | lists
         if any(n not in values or not _can_be_input(values[n]) for n in names):
             return None
         made = [
@@ -241,16 +247,6 @@ class _Scene:
             for trace, region, out in zip((self.old, self.new), regions, last, strict=True)
         ]
         return Cut(made[0], made[1], tuple(values[n] for n in names), tuple(names))
-
-    def _region(self, trace: Trace, ends: list[str]) -> set[str]:
-        found = {n for n in ends if n in self.open}
-        waiting = list(found)
-        while waiting:
-            for name in trace.feeds.get(waiting.pop(), ()):
-                if name in self.open and name not in found:
-                    found.add(name)
-                    waiting.append(name)
-        return found
 
     def whole(self) -> Cut:
         """All of both graphs, from their inputs to their results."""
@@ -299,6 +295,18 @@ def _downstream(trace: Trace, changed: list[str]) -> set[str]:
     for name, feeds in trace.feeds.items():  # in order
         if feeds & found:
             found.add(name)
+    return found
+
+
+def _region(trace: Trace, ends: list[str], inside: set[str]) -> set[str]:
+    """What of ``inside`` those ends depend on."""
+    found = {n for n in ends if n in inside}
+    waiting = list(found)
+    while waiting:
+        for name in trace.feeds.get(waiting.pop(), ()):
+            if name in inside and name not in found:
+                found.add(name)
+                waiting.append(name)
     return found
 
 

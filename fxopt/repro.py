@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from torch.fx import GraphModule
 
 import fxopt
 from fxopt import catalogue, serial
-from fxopt.checks import Against, Check, Failure, Slower
+from fxopt.checks import SLOWER, Against, Check, Failure, Slower
 from fxopt.errors import FxoptError, StoreError
 from fxopt.reduce import Cut, reduce
 from fxopt.samples import InputSet
@@ -231,7 +232,7 @@ def of_rewrite(
     if cut is None:
         return "before and after, run alone on the inputs that failed, do not differ in the same way"
     if timed:
-        threshold = max(1.05, 1 + (_ratio(cut) - 1) / 2)
+        threshold = max(SLOWER, min(2.0, math.sqrt(_ratio(cut))))
         script = Template(_TIME).substitute(again=AGAIN, threshold=repr(round(threshold, 3)))
     else:
         script = Template(_COMPARE).substitute(
