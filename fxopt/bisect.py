@@ -74,7 +74,7 @@ class Bisection:
     pipeline fails at all.  ``rewrite`` is None where the transformation itself raises, and where probes that could not
     be judged leave several in question (``suspects``); ``interacting`` holds all that are guilty only together, in the
     order in which they are applied, ``rewrite`` being the last.  ``notes`` say whatever else was noticed: a flaky
-    check, rewrites that hide the failure, why there is no reproducer.
+    check, transformations that hide a failure, why there is no reproducer.
     """
 
     failure: Failure | None
@@ -225,7 +225,8 @@ def bisect(
     ``example_inputs``: a tuple is positional, a dict is keywords; also a list of those.  ``rtol``, ``atol``: see
     `fxopt.verify`.
 
-    The failure of the whole pipeline is remembered, and only the same one (the same output, in the same way) counts.
+    Where the whole pipeline is good, it is asked after each transformation, whether something fails that a later one
+    hides.  The failure of the whole pipeline is remembered, and only the same one (the same output, in the same way) counts.
     A transformation that raises is itself the culprit.  ``directory``: keep a journal of the answers there, from which
     ``resume`` goes on; nothing is kept elsewhere.  ``confirm=False`` makes the reproducer but does not run it, so that
     nothing counts as found.  ``say`` gets a line for each probe as it is made.
@@ -342,7 +343,8 @@ class _Search:
         if not everything or self.record(everything) != "bad":
             if everything and self.record.answers[everything].verdict == "skip":
                 self.notes.append(f"the whole pipeline cannot be judged: {self.record.answers[everything].note}")
-            return self._result()
+            self._look_for_hidden()
+            return replace(self._result(), failure=None)
         assert self.failure is not None
         low, high = self._transformation()
         low, high = halve(low, high, lambda k: self.record(prefix(k)))
@@ -357,6 +359,14 @@ class _Search:
             return
         reason = "cannot be judged" if answer.verdict == "skip" else "fails the check itself"
         raise UsageError(f"the original {reason}: {answer.note}; bisect needs a check that the original passes")
+
+    def _look_for_hidden(self) -> None:
+        """Where all together are good: say whether they fail on the way, and the rest hides it."""
+        for stage in self.trials.stages[:-1]:
+            if self.record(prefix(stage.last)) == "bad":
+                limit = self._name(stage)
+                self.notes.append(f"not monotonic: with limit={limit!r} it fails, and what comes later hides that")
+                return
 
     def _transformation(self) -> tuple[int, int]:
         """The numbers of the last rewrite that is still good and of the first that is bad, to whole transformations."""
