@@ -225,9 +225,9 @@ def bisect(
     ``example_inputs``: a tuple is positional, a dict is keywords; also a list of those.  ``rtol``, ``atol``: see
     `fxopt.verify`.
 
-    Where the whole pipeline is good, it is asked after each transformation, whether something fails that a later one
-    hides.  The failure of the whole pipeline is remembered, and only the same one (the same output, in the same way) counts.
-    A transformation that raises is itself the culprit.  ``directory``: keep a journal of the answers there, from which
+    The failure of the whole pipeline is remembered, and only the same one (the same output, in the same way) counts;
+    where all is good, each transformation is asked whether something fails there that a later one hides.  A
+    transformation that raises is itself the culprit.  ``directory``: keep a journal of the answers there, from which
     ``resume`` goes on; nothing is kept elsewhere.  ``confirm=False`` makes the reproducer but does not run it, so that
     nothing counts as found.  ``say`` gets a line for each probe as it is made.
 

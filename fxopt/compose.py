@@ -288,6 +288,8 @@ class Pipeline(ReversibleTransformation):
             apart = [r.part.id for i, r in enumerate(done.rewrites, 1) if not limit.keeps(i)]
             undo_rewrites(gm, done.index, apart)
             done, rewrites = history(gm)[-1], rewrites - len(apart)
+        if not rewrites and limit is not None and history(gm)[-1].rewrites:
+            return Step(t, 0, (nodes, nodes), seconds, note="none of its rewrites, by the limit")
         if not rewrites:
             misses = sum(1 for _ in t.misses(gm))
             note = f"did nothing; {misses} near-miss{'es' * (misses != 1)}" if misses else "did nothing"

@@ -20,11 +20,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxopt.delta import Ref, Snapshot, share, snapshot
 from fxopt.isolation import own_copies, quiet
 from fxopt.samples import InputSet
+from fxopt.search import Verdict, halve
 from fxopt.snapshot import Record
 
 Pair = tuple[str | None, str | None]  # a value of the graph before, and the one that takes its place after
 Fails = Callable[[GraphModule, GraphModule, tuple[Any, ...]], bool]
 _MOST = 24  # parts that are tried
+_KEPT = ("val", "nn_module_stack", "stack_trace")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,32 @@ def reduce(before: GraphModule, after: GraphModule, case: InputSet, fails: Fails
             return cut
     whole = scene.whole()
     return whole if fails(whole.before, whole.after, whole.inputs) else None
+
+
+def shortest(gm: GraphModule, fails: Callable[[GraphModule], bool]) -> GraphModule:
+    """The shortest run of operations of ``gm`` for which ``fails`` holds, by halving from either end; else ``gm``."""
+    names = [n.name for n in gm.graph.nodes if n.op.startswith("call_") and n.target != "_guards_fn"]
+
+    def asked(first: int, last: int) -> Verdict:
+        return "bad" if fails(_run_of(gm, names[first:last])) else "good"
+
+    if not names or asked(0, len(names)) == "good":
+        return gm
+    last = halve(0, len(names), lambda k: asked(0, k))[1]
+    left = halve(0, last, lambda k: asked(last - k, last))[1]
+    return _run_of(gm, names[last - left : last])
+
+
+def _run_of(gm: GraphModule, names: Sequence[str]) -> GraphModule:
+    region = set(names)
+    nodes = [n for n in gm.graph.nodes if n.name in region]
+    inputs = dict.fromkeys(i.name for n in nodes for i in n.all_input_nodes if i.name not in region | _state(gm))
+    outputs = [n.name for n in nodes if not n.users or any(u.name not in region for u in n.users)]
+    return _part(gm, region, list(inputs), outputs)
+
+
+def _state(gm: GraphModule) -> set[str]:
+    return {n.name for n in gm.graph.nodes if n.op == "get_attr"}
 
 
 def _spread(found: list[list[Pair]], most: int) -> list[list[Pair]]:
@@ -366,7 +394,7 @@ def _part(gm: GraphModule, region: set[str], inputs: list[str], outputs: list[st
         node = graph.placeholder(name)
         if name in source:
             made[source[name]] = node
-            node.meta.update({k: v for k, v in source[name].meta.items() if k in ("nn_module_stack", "stack_trace")})
+            node.meta.update({k: v for k, v in source[name].meta.items() if k in _KEPT})
     read = {i for name in region for i in source[name].all_input_nodes} if region else set()
     for node in gm.graph.nodes:
         state = node.op == "get_attr" and (node in read or node.name in region)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -23,9 +24,9 @@ from torch.fx import GraphModule
 
 import fxopt
 from fxopt import catalogue, serial
-from fxopt.checks import SLOWER, Against, Check, Failure, Slower
-from fxopt.errors import FxoptError, StoreError
-from fxopt.reduce import Cut, reduce
+from fxopt.checks import SLOWER, Against, Check, Failure, Slower, without_history
+from fxopt.errors import FxoptError, StoreError, TransformationError
+from fxopt.reduce import Cut, reduce, shortest
 from fxopt.samples import InputSet
 from fxopt.transformation import Transformation
 
@@ -281,12 +282,15 @@ def of_pass(
     """A reproducer of a transformation that raises; or why there is none."""
     try:
         saved = catalogue.to_json(transformation)
-    except StoreError as problem:
-        return str(problem)
+    except StoreError:
+        return (
+            f"{transformation.signature} has options that are no plain values, or is a function; it cannot be written"
+        )
     source = _source(transformation)
     if isinstance(source, str):
         return source
     kind = type(error.__cause__).__name__
+    before = shortest(without_history(before), functools.partial(_raises, transformation, error))
     writers: tuple[Callable[[Path], None], ...] = (
         lambda folder: _write_graphs(folder, {"before": before}),
         lambda folder: write_json(folder / "transformation.json", saved),
@@ -295,6 +299,17 @@ def of_pass(
     )
     size = sum(n.op.startswith("call_") for n in before.graph.nodes)
     return Repro(title, facts, writers, (size, size))
+
+
+def _raises(transformation: Transformation, expected: BaseException, part: GraphModule) -> bool:
+    """Whether ``transformation`` raises likewise on ``part``, as it is after being written and read."""
+    try:
+        transformation(serial.from_json(*serial.to_json(part)))
+    except TransformationError as error:
+        return type(error) is type(expected) and type(error.__cause__) is type(expected.__cause__)
+    except StoreError:  # it cannot be written
+        return False
+    return False
 
 
 def _source(transformation: Transformation) -> list[Path] | str:
