@@ -251,9 +251,10 @@ def _graph(model: nn.Module, example_inputs: Any) -> GraphModule:
         raise UsageError(f"bisect was given a {type(model).__name__}, expected a module or a graph module")
     first = example_inputs[0] if isinstance(example_inputs, list) and example_inputs else example_inputs
     if isinstance(model, GraphModule):
-        if first is not None:
-            return propagate(share(model), first)
-        return model
+        captured = model.meta.get("fxopt.capture")
+        if first is None or (captured is not None and captured.route == "submodules"):  # eager code between the graphs
+            return model
+        return propagate(share(model), first)
     if first is None:
         raise UsageError("bisect needs example_inputs to capture a model; give them, or a graph module")
     return capture(model, first)

@@ -66,8 +66,10 @@ def _compared(old: Mapping[str, Call], new: Mapping[str, Call]) -> Iterator[str]
 
 
 def _options(op: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for key in before.keys() | after.keys():
-        a, b = before.get(key), after.get(key)
+    for key, a in before.items():
+        if key not in after:
+            continue
+        b = after[key]
         if _is_tensor(a) and _is_tensor(b):
             continue
         plain = not _holds_nodes(a) and not _holds_nodes(b)

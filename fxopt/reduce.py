@@ -26,7 +26,7 @@ from fxopt.snapshot import Record
 Pair = tuple[str | None, str | None]  # a value of the graph before, and the one that takes its place after
 Fails = Callable[[GraphModule, GraphModule, tuple[Any, ...]], bool]
 _MOST = 24  # parts that are tried
-_KEPT = ("val", "nn_module_stack", "stack_trace")
+_KEPT = ("nn_module_stack", "stack_trace")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,13 @@ def _run_of(gm: GraphModule, names: Sequence[str]) -> GraphModule:
     nodes = [n for n in gm.graph.nodes if n.name in region]
     inputs = dict.fromkeys(i.name for n in nodes for i in n.all_input_nodes if i.name not in region | _state(gm))
     outputs = [n.name for n in nodes if not n.users or any(u.name not in region for u in n.users)]
-    return _part(gm, region, list(inputs), outputs)
+    part = _part(gm, region, list(inputs), outputs)
+    source = {n.name: n for n in gm.graph.nodes}
+    for node in part.graph.nodes:  # a transformation may look at shapes; those with symbols mean nothing without theirs
+        val = source[node.name].meta.get("val") if node.op == "placeholder" else None
+        if isinstance(val, Tensor) and all(isinstance(size, int) for size in val.shape):
+            node.meta["val"] = val
+    return part
 
 
 def _state(gm: GraphModule) -> set[str]:
