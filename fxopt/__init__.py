@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 from fxopt.benchmark import Comparison, benchmark, benchmark_many
 from fxopt.capture import capture, capture_report
 from fxopt.compose import Pipeline, Result, compose, repeat
+from fxopt.difference import Difference, diff
 from fxopt.errors import FxoptError
 from fxopt.history import History, history
 from fxopt.pattern import Miss
@@ -33,6 +34,7 @@ _LAZY = {  # what needs transformers, or the whole catalogue
 
 __all__ = [
     "Comparison",
+    "Difference",
     "FxoptError",
     "History",
     "Miss",
@@ -48,6 +50,7 @@ __all__ = [
     "capture",
     "capture_report",
     "compose",
+    "diff",
     "dynamo_backend",
     "history",
     "load",

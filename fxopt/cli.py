@@ -112,9 +112,18 @@ def passes() -> None:
 def log(
     directory: Annotated[Path, typer.Argument(help="A folder that `fxopt optimize --save` wrote.")],
     rewrites: Annotated[bool, typer.Option(help="List every rewrite.")] = False,
+    patch: Annotated[bool, typer.Option("--patch", "-p", help="Show what each commit changed.")] = False,
+    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change, with -p.")] = 1,
 ) -> None:
     """Show the history of a saved result."""
-    from fxopt.store import read_journal, saved_graphs
+    from fxopt.store import read_journal, saved_graphs, saved_patches
+
+    if patch:
+        for name, difference in saved_patches(directory):
+            if name:
+                out.print(name, style="bold", highlight=False, markup=False)
+            out.print(difference.rich(context), highlight=False)
+        return
 
     for name, entries in saved_graphs(read_journal(directory)).items():
         table = Table("#", "transformation", "rewrites", "undone", title=name or None, title_justify="left")
@@ -126,6 +135,25 @@ def log(
             for rewrite in ids if rewrites else ():
                 table.add_row("", f"  {rewrite}", "", "undone" if rewrite in entry["undone"] else "", style="dim")
         out.print(table)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A folder that `fxopt optimize --save` wrote.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")] = 1,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
+) -> None:
+    """Show two saved results side by side: what differs, and which transformation did it."""
+    from fxopt.store import saved_differences
+
+    _check_writable(None, json_)
+    with err.status(f"loading {a} and {b}"):
+        found = saved_differences(a, b)
+    for difference in found.values():
+        out.print(difference.rich(context), highlight=False)
+    if json_ is not None:
+        write_aside(json_, json.dumps({name: d.to_json() for name, d in found.items()}, indent=1) + "\n")
 
 
 @app.command()

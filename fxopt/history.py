@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from fxopt.log import Commit, Recordable, commits, foreign, install, kept, put_b
 from fxopt.snapshot import Snapshot, graph_of, graphs, node_key, slot_of, snapshot
 from fxopt.split import Part, joined, whole
 from fxopt.watch import Watch, own
+
+if TYPE_CHECKING:
+    from fxopt.difference import Difference
 
 __all__ = ["Commit", "Edited", "Recordable", "atomic", "commits", "find", "history", "run", "undo", "undo_rewrite"]
 
@@ -223,12 +226,12 @@ def redo_rewrite(gm: GraphModule, index: int, part: str) -> None:
     _rebase(gm, index, make_again, coming)
 
 
-def checkout(gm: GraphModule, count: int) -> None:
-    """Undo all but the first ``count`` commits; edits made outside of fxopt are kept."""
+def checkout(gm: GraphModule, count: int, edited: Edited = "refuse") -> None:
+    """Undo all but the first ``count`` commits; edits made outside of fxopt are kept.  ``edited``: see `undo`."""
     found = commits(gm)
     with atomic(gm) as now:
         edits = foreign(gm, now)
-        _take_off(gm, found[count:], edits)
+        _take_off(gm, found[count:], edits, edited)
         store(gm, found[:count], snapshot(gm))
         for edit in (*(d for c in found[count:] for d in c.foreign), *edits):
             _put_on(gm, edit, "an edit outside of fxopt")
@@ -305,12 +308,12 @@ def _dealt(later: tuple[Commit, ...], over: list[Delta]) -> tuple[tuple[Commit, 
     return tuple(found), tuple(rest)
 
 
-def _take_off(gm: GraphModule, later: Sequence[Commit], edits: Sequence[Delta]) -> None:
+def _take_off(gm: GraphModule, later: Sequence[Commit], edits: Sequence[Delta], edited: Edited = "refuse") -> None:
     """Take back ``edits``, and under them the commits ``later``."""
     for edit in reversed(edits):
         _put_on(gm, edit.inverse(), "the graph module without an edit outside of fxopt")
     for commit in reversed(later):
-        _revert(gm, commit, commit.active(), "refuse")
+        _revert(gm, commit, commit.active(), edited)
         _take_off(gm, (), commit.foreign)
 
 
@@ -471,6 +474,11 @@ class Rewrite:
         if self.active:
             undo_rewrite(self.gm, self.index, self.part.id, edited)
 
+    def diff(self) -> Difference:
+        """What it changed, side by side; empty where it is undone."""
+        whole = Entry(self.gm, self.index, self.commit).diff()
+        return whole.only(self.id, {*self.part.delta.nodes, *self.part.delta.metas}, set(self.part.delta.slots))
+
     def apply(self) -> None:
         """Make this rewrite again after it was undone alone."""
         if not self.active:
@@ -511,6 +519,12 @@ class Entry:
         if self.index >= len(commits(self.gm)) or commits(self.gm)[self.index] is not self.commit:
             raise UsageError(f"{self.signature} is not where it was in the history; ask fxopt.history(gm) again")
         undo(self.gm, self.index, edited)
+
+    def diff(self) -> Difference:
+        """What it changed, side by side; without what was undone of it."""
+        from fxopt.difference import of_commit
+
+        return of_commit(self.gm, self.index)
 
     def __repr__(self) -> str:
         parts, undone = len(self.commit.parts), len(self.commit.undone)

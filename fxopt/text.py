@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -29,12 +30,26 @@ def show(gm: GraphModule) -> str:
 
 def line(gm: GraphModule, node: Node) -> str:
     """One node as text, its inputs by name."""
-    names = {n: n.name for n in gm.graph.nodes}
+    said = computed(gm, node, lambda n: n.name)
+    return said if node.op == "output" else f"{node.name} = {said}"
+
+
+def computed(gm: GraphModule, node: Node, name: Callable[[Node], str]) -> str:
+    """What one node computes as text, its inputs as ``name`` says."""
+    names = _Named(name)
     if node.op in ("placeholder", "get_attr"):
-        return f"{node.name} = {node.op} {node.target}"
+        return f"{node.op} {node.target}"
     if node.op == "output":
         return f"return {_result(node.args[0], names)}"
-    return f"{node.name} = {_call(gm, node, names)}"
+    return _call(gm, node, names)
+
+
+class _Named(dict[Node, str]):
+    def __init__(self, name: Callable[[Node], str]) -> None:
+        self._name = name
+
+    def __missing__(self, node: Node) -> str:
+        return self._name(node)
 
 
 def _call(gm: GraphModule, node: Node, names: dict[Node, str]) -> str:
