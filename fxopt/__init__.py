@@ -16,6 +16,7 @@ from fxopt.difference import Difference, diff
 from fxopt.errors import FxoptError
 from fxopt.history import History, history
 from fxopt.pattern import Miss
+from fxopt.report import report
 from fxopt.shapes import propagate
 from fxopt.text import show
 from fxopt.transformation import ReversibleTransformation, Rewrite, Transformation
@@ -57,6 +58,7 @@ __all__ = [
     "optimize",
     "propagate",
     "repeat",
+    "report",
     "save",
     "show",
     "verify",

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -63,11 +63,15 @@ def optimize(
     benchmark: Annotated[bool, typer.Option(help="Time every step.")] = True,
     save: Annotated[Path | None, typer.Option(help="Write the result to this folder.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
+    report_: Annotated[Path | None, typer.Option("--report", help="Write a report to this file, as HTML.")] = None,
 ) -> None:
     """Capture a model, run the passes, each verified and timed, and print the table."""
     from fxopt import frontend
+    from fxopt.report import check_writable
 
     _check_writable(save, json_)
+    if report_ is not None:
+        check_writable(report_, "--report")
     with err.status(f"loading {model}"):
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
@@ -77,11 +81,39 @@ def optimize(
     out.print(result)
     if json_ is not None:
         write_aside(json_, json.dumps(result.to_json(), indent=1) + "\n")
+    if report_ is not None:
+        result.report(report_)
+        out.print(f"report in {report_}", highlight=False, markup=False)
     if save is not None:
         result.save(save)
         out.print(f"saved to {save}; `fxopt log {save}` shows its history", highlight=False)
     if not result.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    model: Annotated[str, typer.Argument(help="A built-in name (see `fxopt models`), a local folder, or a hub name.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    passes: Annotated[
+        str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`).")
+    ] = "default",
+    num_runs: Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")] = 30,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds run before timing.")] = 3,
+    text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(min=0, help="Relative tolerance of the verification.")] = None,
+    atol: Annotated[float | None, typer.Option(min=0, help="Absolute tolerance of the verification.")] = None,
+    benchmark: Annotated[bool, typer.Option(help="Time every step.")] = True,
+    to: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("report.html"),
+) -> None:
+    """Do what `optimize` does, and write it up as one HTML file."""
+    options: dict[str, Any] = {name: value for name, value in locals().items() if name != "to"}
+    optimize(**options, report_=to)
 
 
 @app.command()

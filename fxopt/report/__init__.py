@@ -31,16 +31,16 @@ def report(what: Any, path: str | os.PathLike[str], title: str | None = None) ->
 
     target = Path(path)
     check_writable(target)
-    text = page(_subject(what, title))
-    handle, name = tempfile.mkstemp(dir=target.resolve().parent, prefix=f".{target.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_aside(target, page(_subject(what, title)))
     return target
+
+
+def write_aside(target: Path, text: str) -> None:
+    """Write ``text`` to ``target`` in one step: whoever interrupts leaves the old file."""
+    with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}-") as folder:
+        aside = Path(folder) / "aside"  # not mkstemp, whose files nobody else may read
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, target)
 
 
 def check_writable(target: Path, option: str = "report") -> None:

@@ -143,7 +143,7 @@ def _curves(gm: GraphModule) -> Json:
 
 
 def _steps(found: Sequence[Commit], result: Result | None) -> dict[int, list[Step | None]]:
-    """By commit: the steps that were taken back before it was made, and the step that made it, last; rest at the end."""
+    """By commit: the steps taken back before it was made, and last the one that made it; the rest after the end."""
     if result is None:
         return {}
     made: dict[int, list[Step | None]] = {}

@@ -73,5 +73,5 @@ def _error(verification: Any) -> str:
 def _mib(comparison: Any) -> str:
     if comparison is None or comparison["memory"] is None:
         return ""
-    before, after = (f"{value / 2**20:.1f}" for value in comparison["memory"])
+    before, after = (f"{value / 2**20:.3g}" for value in comparison["memory"])
     return after if before == after else f"{before} → {after}"
