@@ -21,7 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.errors import CaptureError, UsageError
 from fxopt.shapes import propagate
+from fxopt.text import to_html
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = [
     "Call",
@@ -103,6 +107,18 @@ class CaptureReport:
         )
         lines = [head, *self.notes, *(f"eager: {part.path or 'the model'}: {part.reason}" for part in self.eager)]
         return "\n  ".join(lines)
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("input", "dtype", "sizes", title=Text(str(self)), title_justify="left")
+        for spec in self.inputs:
+            table.add_row(Text(spec.path), spec.dtype, Text(", ".join(map(str, spec.shape))))
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 def capture(model: nn.Module, example_inputs: Inputs, dynamic: bool = True) -> GraphModule:

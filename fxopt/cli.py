@@ -64,14 +64,18 @@ def optimize(
     save: Annotated[Path | None, typer.Option(help="Write the result to this folder.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
     report_: Annotated[Path | None, typer.Option("--report", help="Write a report to this file, as HTML.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the end-to-end rounds to this file, for Perfetto.")] = None,
 ) -> None:
     """Capture a model, run the passes, each verified and timed, and print the table."""
     from fxopt import frontend
     from fxopt.report import check_writable
 
     _check_writable(save, json_)
-    if report_ is not None:
-        check_writable(report_, "--report")
+    for option, path in (("--report", report_), ("--trace", trace)):
+        if path is not None:
+            check_writable(path, option)
+    if trace is not None and not benchmark:
+        raise UsageError("--trace writes what is timed, and --no-benchmark times nothing; leave one of them out")
     with err.status(f"loading {model}"):
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
@@ -81,6 +85,8 @@ def optimize(
     out.print(result)
     if json_ is not None:
         write_aside(json_, json.dumps(result.to_json(), indent=1) + "\n")
+    if trace is not None and result.comparison is not None:
+        result.comparison.chrome_trace(trace)
     if report_ is not None:
         result.report(report_)
         out.print(f"report in {report_}", highlight=False, markup=False)
@@ -113,6 +119,9 @@ def report(
 ) -> None:
     """Do what `optimize` does, and write it up as one HTML file."""
     options: dict[str, Any] = {name: value for name, value in locals().items() if name != "to"}
+    from fxopt.report import check_writable
+
+    check_writable(to, "--out")
     optimize(**options, report_=to)
 
 

@@ -20,9 +20,10 @@ from fxopt.benchmark import Comparison
 from fxopt.benchmark import benchmark as compare
 from fxopt.delta import graphs, share
 from fxopt.errors import FxoptError, TransformationError, UsageError, VerificationError
-from fxopt.history import Edited, atomic, commits, find, history, to_html, to_text, undo
+from fxopt.history import Edited, atomic, commits, find, history, undo
 from fxopt.log import label
 from fxopt.shapes import propagate
+from fxopt.text import to_html, to_text
 from fxopt.transformation import ReversibleTransformation, Transformation
 from fxopt.verify import Baseline, Verification
 
@@ -61,6 +62,22 @@ class Step:
             "in_sequence": None if self.in_sequence is None else self.in_sequence.to_json(),
             "alone": None if self.alone is None else self.alone.to_json(),
         }
+
+    def __rich__(self) -> Table:
+        table = Table("", label(self.transformation), title_justify="left")
+        table.add_row("rewrites", f"{self.rewrites}" if self.kept else f"{self.rewrites}, taken back", style=_red(self))
+        table.add_row("nodes", f"{self.nodes[0]} → {self.nodes[1]}")
+        table.add_row("seconds", f"{self.seconds:.3g}")
+        asked = {"verification": self.verification, "latency": self.in_sequence, "alone": self.alone}
+        for name, found in asked.items():
+            if found is not None:
+                table.add_row(name, Text(found.summary))
+        if self.note:
+            table.add_row("note", Text(self.note))
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 @dataclass(frozen=True)
@@ -111,7 +128,7 @@ class Result:
                 cells.append(_error(s.verification))
             if timed:
                 cells += [_ratio(s.in_sequence), _ratio(s.alone), _memory(s.in_sequence)]
-            table.add_row(*cells, style=None if s.kept else "red")
+            table.add_row(*cells, style=_red(s))
         parts: list[Any] = [table]
         parts += [Text(f"{label(s.transformation)}: {s.note}", style="red") for s in self.steps if not s.kept]
         if idle := [s for s in self.steps if not s.rewrites and s.kept]:
@@ -120,6 +137,10 @@ class Result:
 
     def _repr_html_(self) -> str:
         return to_html(self)
+
+
+def _red(step: Step) -> str | None:
+    return None if step.kept else "red"
 
 
 def _idle(step: Step) -> str:

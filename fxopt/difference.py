@@ -19,9 +19,9 @@ from torch.fx import GraphModule
 
 from fxopt.delta import related, share
 from fxopt.errors import UsageError
-from fxopt.history import to_text
 from fxopt.listing import Line, Listing, listing, states
 from fxopt.log import Commit, commits, label
+from fxopt.text import to_text
 
 Kind = Literal["same", "changed", "removed", "added", "moved"]
 

@@ -17,10 +17,10 @@ from fxopt import catalogue, models
 from fxopt.benchmark import Comparison, benchmark
 from fxopt.compose import Result, compose
 from fxopt.errors import UsageError
-from fxopt.history import to_html
 from fxopt.huggingface import Optimized, default_passes
 from fxopt.huggingface import optimize as optimize_model
 from fxopt.inputs import example_inputs, load_tokenizer
+from fxopt.text import to_html
 from fxopt.verify import Verification, verify
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+from rich.text import Text
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -19,12 +20,26 @@ from fxopt.errors import Conflict, FxoptError, IrreversibleEdit, TransformationE
 from fxopt.log import Commit, Recordable, commits, foreign, install, kept, put_back, store
 from fxopt.snapshot import Snapshot, graph_of, graphs, node_key, slot_of, snapshot
 from fxopt.split import Part, joined, whole
+from fxopt.text import to_html, to_text
 from fxopt.watch import Watch, own
 
 if TYPE_CHECKING:
     from fxopt.difference import Difference
 
-__all__ = ["Commit", "Edited", "Recordable", "atomic", "commits", "find", "history", "run", "undo", "undo_rewrite"]
+__all__ = [
+    "Commit",
+    "Edited",
+    "Recordable",
+    "atomic",
+    "commits",
+    "find",
+    "history",
+    "run",
+    "to_html",
+    "to_text",
+    "undo",
+    "undo_rewrite",
+]
 
 Edited = Literal["refuse", "carry", "discard"]
 Change = Callable[[Snapshot], tuple[Commit, ...]]  # edits the graph module given as it is; what is left of the commit
@@ -485,9 +500,27 @@ class Rewrite:
             redo_rewrite(self.gm, self.index, self.part.id)
 
     def __repr__(self) -> str:
-        state = "" if self.active else ", undone"
-        counts = f"-{len(self.removed)} +{len(self.created)} ~{len(self.changed)} nodes"
-        return f"<rewrite {self.part.id}: {counts}{state}>"
+        return f"<rewrite {self.part.id}: {self._counts} nodes{'' if self.active else ', undone'}>"
+
+    @property
+    def _counts(self) -> str:
+        return f"-{len(self.removed)} +{len(self.created)} ~{len(self.changed)}"
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("", "nodes", title=self.id + ("" if self.active else " (undone)"), title_justify="left")
+        for name in ("removed", "created", "changed"):
+            if nodes := getattr(self, name):
+                table.add_row(name, ", ".join(nodes))
+        if tensors := self.part.delta.tensors():
+            table.add_row("tensors", ", ".join(tensors))
+        if self.source:
+            table.add_row("source", Text(self.source))
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 @dataclass(frozen=True)
@@ -530,6 +563,18 @@ class Entry:
         parts, undone = len(self.commit.parts), len(self.commit.undone)
         did = f"{parts} rewrite{'s' * (parts != 1)}" if parts else "did nothing"
         return f"<commit {self.index}: {self.signature}, {did}{f', {undone} undone' if undone else ''}>"
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("rewrite", "nodes", "source", title=repr(self)[1:-1], title_justify="left")
+        for rewrite in self.rewrites:
+            said = (rewrite.part.id, rewrite._counts, rewrite.source or "")
+            table.add_row(*map(Text, said), style=None if rewrite.active else "dim strike")
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 class History(Sequence[Entry]):
@@ -596,31 +641,6 @@ class History(Sequence[Entry]):
 
     def _repr_html_(self) -> str:
         return to_html(self)
-
-
-def to_text(renderable: Any) -> str:
-    """What rich would print, without colours."""
-    import io
-
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=120, color_system=None)
-    with console.capture() as captured:
-        console.print(renderable)
-    return captured.get().rstrip()
-
-
-def to_html(renderable: Any) -> str:
-    """What rich would print, as HTML for a notebook."""
-    import io
-
-    from rich.console import Console
-
-    console = Console(record=True, file=io.StringIO(), width=120)
-    console.print(renderable)
-    return console.export_html(
-        inline_styles=True, code_format="<pre style='font-family:monospace;line-height:1.25'>{code}</pre>"
-    )
 
 
 def history(gm: nn.Module) -> History:

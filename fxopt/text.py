@@ -1,4 +1,4 @@
-"""Graphs as text, in the vocabulary: the same program reads the same in every dialect."""
+"""Graphs as text, in the vocabulary: the same program reads the same in every dialect; and what rich shows, as text."""
 
 from __future__ import annotations
 
@@ -84,3 +84,31 @@ def _say(value: Any, names: dict[Node, str]) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{k}: {_say(v, names)}' for k, v in value.items())}}}"
     return repr(value)
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def to_text(renderable: Any) -> str:
+    """What rich would print, without colours."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get().rstrip()
+
+
+def to_html(renderable: Any) -> str:
+    """What rich would print, as HTML for a notebook."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=120)
+    console.print(renderable)
+    return console.export_html(
+        inline_styles=True, code_format="<pre style='font-family:monospace;line-height:1.25'>{code}</pre>"
+    )

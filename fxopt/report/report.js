@@ -376,21 +376,21 @@ function latencyPlot(comparison, title) {
     const most = Math.min(Math.max(...all), 3 * Math.max(comparison.a.median, comparison.b.median));  // a stall or two would hide the rest
     const beyond = all.filter(t => t > most).length, room = (most - least || least) * .05;
     const range = [least - room, most + room].map(t => t * unit[0]);
-    return {traces, layout: {title: `${title}: ${comparison.ratio.toFixed(3)} ×, ${comparison.verdict}`, xaxis: {range, title: {text: `latency, ${unit[1]}${beyond ? ` (${plural(beyond, "slower sample")} to the right; double-click shows all)` : ""}`}}}};
+    return {traces, layout: {title: `${title}: ${comparison.ratio.toFixed(3)} ×, ${comparison.verdict}`, xaxis: {range, title: {text: `latency, ${unit[1]}${beyond ? ` (${beyond} slower beyond; double-click)` : ""}`}}}};
   });
 }
 
 function memoryPlot(before, after, title) {
   if (before.why || after.why) return make("p", {class: "fact"}, `no memory curve: ${before.why || after.why}`);
   return plot(`${title}: the peak was ${before.peak} bytes and is ${after.peak} bytes`, () => {
-    const most = Math.max(before.peak, after.peak), unit = most < 1 << 20 ? [1024, "KiB"] : [1 << 20, "MiB"];
+    const most = Math.max(before.peak, after.peak), unit = most < 2048 ? [1, "bytes"] : most < 1 << 20 ? [1024, "KiB"] : [1 << 20, "MiB"];
     const trace = (curve, name, edge, dash) => ({
       type: "scatter", mode: "lines", name, x: curve.bytes.map((_, i) => i * curve.stretch), y: curve.bytes.map(b => b / unit[0]), text: curve.names,
       line: {shape: "hv", color: colour(edge), width: 1.6, dash}, hovertemplate: `${name}: %{y:.2f} ${unit[1]} at %{text}<extra></extra>`,
     });
-    const say = curve => (curve.peak / unit[0]).toFixed(2);
+    const say = curve => String(+(curve.peak / unit[0]).toPrecision(4));
     const traces = [trace(before, "before", "--faint", "dot"), trace(after, "after", "--new-edge", "solid")];
-    return {traces, layout: {title: `${title}: peak ${say(before)} before (dotted), ${say(after)} ${unit[1]} after`, xaxis: {title: {text: "node, in the order of the schedule"}}, yaxis: {title: {text: unit[1]}, rangemode: "tozero"}}};
+    return {traces, layout: {title: `${title}: peak ${say(before)} (dotted) → ${say(after)} ${unit[1]}`, xaxis: {title: {text: "node, in the order of the schedule"}}, yaxis: {title: {text: unit[1]}, rangemode: "tozero"}}};
   });
 }
 
@@ -410,8 +410,8 @@ function fillStep(details) {
   if (step.summary) body.append(make("p", {class: "fact"}, ...step.summary.split("``").map((part, i) => i % 2 ? make("code", {}, part) : part)));
   if (step.note) body.append(make("p", {class: step.kept ? "fact" : "bad"}, step.note));
   const pictures = make("div", {class: "plots"});
-  if (step.in_sequence) pictures.append(latencyPlot(step.in_sequence, "after against before this step"));
-  if (step.alone) pictures.append(latencyPlot(step.alone, "this step alone"));
+  if (step.in_sequence) pictures.append(latencyPlot(step.in_sequence, "this step against before it"));
+  if (step.alone) pictures.append(latencyPlot(step.alone, "this step alone on the original"));
   if (step.curves) pictures.append(memoryPlot(graph.data.curves[step.curves[0]], graph.data.curves[step.curves[1]], "memory in use"));
   if (pictures.children.length) body.append(make("h3", {}, "Time and memory"), pictures);
   if (step.verification) body.append(make("h3", {}, "Verification"), verificationTable(step.verification));
