@@ -64,7 +64,7 @@ class Step:
         }
 
     def __rich__(self) -> Table:
-        table = Table("", label(self.transformation), title_justify="left")
+        table = Table(title=Text(label(self.transformation)), title_justify="left", show_header=False)
         table.add_row("rewrites", f"{self.rewrites}" if self.kept else f"{self.rewrites}, taken back", style=_red(self))
         table.add_row("nodes", f"{self.nodes[0]} → {self.nodes[1]}")
         table.add_row("seconds", f"{self.seconds:.3g}")
@@ -122,7 +122,7 @@ class Result:
         for s in self.steps:
             if not s.rewrites and s.kept:
                 continue
-            cells: list[Any] = [label(s.transformation), str(s.rewrites) if s.kept else "undone"]
+            cells: list[Any] = [Text(label(s.transformation)), str(s.rewrites) if s.kept else "undone"]
             cells.append(f"{s.nodes[0]} → {s.nodes[1]}" if s.nodes[0] != s.nodes[1] else str(s.nodes[0]))
             if verified:
                 cells.append(_error(s.verification))

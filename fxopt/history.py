@@ -509,7 +509,7 @@ class Rewrite:
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table("", "nodes", title=self.id + ("" if self.active else " (undone)"), title_justify="left")
+        table = Table("", "nodes", title=Text(self.id + ("" if self.active else " (undone)")), title_justify="left")
         for name in ("removed", "created", "changed"):
             if nodes := getattr(self, name):
                 table.add_row(name, ", ".join(nodes))
@@ -567,7 +567,7 @@ class Entry:
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table("rewrite", "nodes", "source", title=repr(self)[1:-1], title_justify="left")
+        table = Table("rewrite", "nodes", "source", title=Text(repr(self)[1:-1]), title_justify="left")
         for rewrite in self.rewrites:
             said = (rewrite.part.id, rewrite._counts, rewrite.source or "")
             table.add_row(*map(Text, said), style=None if rewrite.active else "dim strike")
@@ -632,7 +632,7 @@ class History(Sequence[Entry]):
             undone = f" ({len(entry.commit.undone)} undone)" if entry.commit.undone else ""
             table.add_row(
                 str(entry.index),
-                entry.signature,
+                Text(entry.signature),
                 f"{len(entry.commit.parts)}{undone}",
                 f"-{dead} +{born}",
                 f"-{gone} +{made}",

@@ -204,9 +204,9 @@ class Rows {
     showNode(this.graph, b >= 0 ? b : a, b >= 0 ? this.state + (this.columns === 2 ? 1 : 0) : this.state, element);
   }
   pressed(event) {
-    const row = event.target.closest(".row");
+    const row = event.target.closest(".row, .head, .fold, .more-rows");
     if (!row) return;
-    if (event.key === "Enter" || event.key === " ") {
+    if (row.matches(".row") && (event.key === "Enter" || event.key === " ")) {
       event.preventDefault();
       this.chosen(row);
     } else if (event.key === "ArrowDown" || event.key === "ArrowUp") {
@@ -323,6 +323,7 @@ function drawing(graph, k, classes, caption) {
 let plotly;
 function loadPlotly() {
   plotly ??= (async () => {
+    await new Promise(idle => window.requestIdleCallback ? requestIdleCallback(idle, {timeout: 500}) : setTimeout(idle));
     const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), c => c.charCodeAt(0));
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
