@@ -549,14 +549,18 @@ class Entry:
 
     def reverse(self, edited: Edited = "refuse") -> None:
         """Leave the graph module as if this commit had never been made."""
+        self._check()
+        undo(self.gm, self.index, edited)
+
+    def _check(self) -> None:
         if self.index >= len(commits(self.gm)) or commits(self.gm)[self.index] is not self.commit:
             raise UsageError(f"{self.signature} is not where it was in the history; ask fxopt.history(gm) again")
-        undo(self.gm, self.index, edited)
 
     def diff(self) -> Difference:
         """What it changed, side by side; without what was undone of it."""
         from fxopt.difference import of_commit
 
+        self._check()
         return of_commit(self.gm, self.index)
 
     def __repr__(self) -> str:

@@ -98,6 +98,15 @@ def test_rewrites_alone_and_undone():
     assert not fxopt.history(gm)[0].rewrites[0].diff()
 
 
+def test_a_commit_that_is_no_longer_there():
+    gm = blocks(1)
+    EliminateDropout()(gm)
+    entry = fxopt.history(gm)[0]
+    entry.reverse()
+    with pytest.raises(UsageError, match="is not where it was in the history"):
+        entry.diff()
+
+
 def first_undone():
     """The graph without the second rewrite: what stands on the left of its diff."""
     gm = blocks()

@@ -391,7 +391,7 @@ def test_search_by_keyboard(browser, page):
     browser.keys(Keys.ESCAPE)
     assert not browser.one("#node").is_displayed() and browser.focused().get_attribute("id") == "search"
     browser.one("#search").clear()
-    browser.keys("nothing is called so")
+    browser.one("#search").send_keys("nothing is called so")
     browser.wait("document.querySelector('#found .note')?.textContent.startsWith('no node')")
 
 
