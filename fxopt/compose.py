@@ -246,10 +246,11 @@ class Pipeline(ReversibleTransformation):
     def _undo(self, graph_module: GraphModule, edited: Edited = "refuse") -> GraphModule:
         """Undo right to left, all or nothing."""
         with atomic(graph_module):
-            for t in reversed(self.transformations):
-                if (index := find(graph_module, t.signature)) is not None:
-                    undo(graph_module, index, edited)
-                elif isinstance(t, ReversibleTransformation):
+            mine = _aligned([e.signature for e in history(graph_module)], [t.signature for t in self.transformations])
+            for step, t in reversed(list(enumerate(self.transformations))):
+                if step in mine:
+                    undo(graph_module, mine[step], edited)
+                elif isinstance(t, ReversibleTransformation) and find(graph_module, t.signature) is None:
                     t.reverse(graph_module)
         return graph_module
 
@@ -304,6 +305,25 @@ class Pipeline(ReversibleTransformation):
             done.reverse()
             return Step(t, rewrites, (nodes, nodes), seconds, False, "undone: slower", verification, in_sequence, alone)
         return step
+
+
+def _aligned(commits: Sequence[str], steps: Sequence[str]) -> dict[int, int]:
+    """Which commit each step made: the longest common subsequence, of the latest commits; a step may have left none."""
+    length = [[0] * (len(steps) + 1) for _ in range(len(commits) + 1)]
+    for i, commit in enumerate(commits, 1):
+        for j, step in enumerate(steps, 1):
+            extended = length[i - 1][j - 1] + 1 if commit == step else 0
+            length[i][j] = max(extended, length[i - 1][j], length[i][j - 1])
+    found, i, j = {}, len(commits), len(steps)
+    while i and j:
+        if length[i][j] == length[i][j - 1]:
+            j -= 1
+        elif commits[i - 1] == steps[j - 1]:
+            i, j = i - 1, j - 1
+            found[j] = i
+        else:
+            i -= 1
+    return found
 
 
 def _count(gm: GraphModule) -> int:
@@ -386,7 +406,7 @@ class _Questions:
 
     @contextmanager
     def progress(self, steps: int) -> Iterator[Callable[[str], None]]:
-        if not self.show:
+        if not self.show or self._console.is_jupyter:  # a notebook shows a bar with ipywidgets alone
             with nullcontext():
                 yield lambda _: None
             return

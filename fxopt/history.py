@@ -60,9 +60,12 @@ def atomic(gm: GraphModule, now: Snapshot | None = None) -> Iterator[Snapshot]:
 def _restore(gm: GraphModule, before: Snapshot) -> None:
     """Bring ``gm`` back to ``before``, whatever was done to it since."""
     for path, inner in before.modules.items():  # also one that was taken out of it
+        if inner.graph is not (graph := before.graph(path)):
+            inner.graph = graph
+        patch.name_again(graph, before.names)
         if graphs(gm).get(path) is not inner:
             _restore_detached(before, path, inner)
-    patch.apply(gm, diff(before, snapshot(gm)).inverse())
+    patch.apply(gm, diff(before, snapshot(gm)).inverse(), before)
     _recompile(gm)
 
 
@@ -249,7 +252,7 @@ def checkout(gm: GraphModule, count: int, edited: Edited = "refuse") -> None:
         _take_off(gm, found[count:], edits, edited)
         store(gm, found[:count], snapshot(gm))
         for edit in (*(d for c in found[count:] for d in c.foreign), *edits):
-            _put_on(gm, edit, "an edit outside of fxopt")
+            _put_on(gm, edit, "an edit outside of fxopt", known=now)
         _lint(gm)
     _recompile(gm)
 
@@ -288,14 +291,14 @@ def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...
     _take_off(gm, (), mine)
     store(gm, (*found[:index], *left), after := snapshot(gm))
     for edit in mine:
-        _put_on(gm, edit, f"an edit outside of fxopt, before {commit.signature},")
+        _put_on(gm, edit, f"an edit outside of fxopt, before {commit.signature},", known=now)
     moved = diff(before, snapshot(gm) if mine else after).existence() if later or edits else set()
     for c in later:
         for edit in c.foreign:
-            _put_on(gm, edit, f"an edit outside of fxopt, before {c.signature},", moved)
+            _put_on(gm, edit, f"an edit outside of fxopt, before {c.signature},", moved, now)
         _again(gm, c, moved)
     for edit in edits:
-        _put_on(gm, edit, "an edit outside of fxopt", moved)
+        _put_on(gm, edit, "an edit outside of fxopt", moved, now)
 
 
 def _in_place(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...], before: Snapshot) -> None:
@@ -332,11 +335,13 @@ def _take_off(gm: GraphModule, later: Sequence[Commit], edits: Sequence[Delta], 
         _take_off(gm, (), commit.foreign)
 
 
-def _put_on(gm: GraphModule, delta: Delta, what: str, moved: Set[str] = frozenset()) -> None:
+def _put_on(
+    gm: GraphModule, delta: Delta, what: str, moved: Set[str] = frozenset(), known: Snapshot | None = None
+) -> None:
     problems = [f"{k} is not what it was" for k in sorted(delta.mentions() & moved)]
     if problems := problems or patch.conflicts(gm, delta):
         raise Conflict(f"{what} cannot be made again: {'; '.join(problems[:3])}; take back what builds on it first")
-    patch.apply(gm, delta)
+    patch.apply(gm, delta, known)
 
 
 def _again(gm: GraphModule, commit: Commit, moved: set[str]) -> None:

@@ -95,7 +95,7 @@ def to_text(renderable: Any) -> str:
 
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console = Console(file=io.StringIO(), width=120, color_system=None, force_jupyter=False)
     with console.capture() as captured:
         console.print(renderable)
     return captured.get().rstrip()
@@ -107,7 +107,7 @@ def to_html(renderable: Any) -> str:
 
     from rich.console import Console
 
-    console = Console(record=True, file=io.StringIO(), width=120)
+    console = Console(record=True, file=io.StringIO(), width=120, force_jupyter=False)  # else it prints
     console.print(renderable)
     return console.export_html(
         inline_styles=True, code_format="<pre style='font-family:monospace;line-height:1.25'>{code}</pre>"
