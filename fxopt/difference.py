@@ -268,6 +268,13 @@ def of_commit(gm: GraphModule, index: int) -> Difference:
     return step(found, index, next(steps)[1], after)
 
 
+def of_commits(gm: GraphModule) -> list[Difference]:
+    """What each commit of ``gm`` changed, oldest first: `of_commit` of all at the price of one."""
+    listings = [listed for _, listed in states(share(gm))][::-1]
+    found = commits(gm)
+    return [step(found, i, listings[i], listings[i + 1]) for i in range(len(found))]
+
+
 def step(found: Sequence[Commit], index: int, before: Listing, after: Listing) -> Difference:
     """What commit ``index`` of ``found`` changed, from the lines before and after it."""
     name = label(found[index].transformation)

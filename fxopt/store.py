@@ -26,7 +26,7 @@ from torch.fx import GraphModule
 import fxopt
 from fxopt import catalogue, serial
 from fxopt.delta import graphs, share
-from fxopt.difference import Difference, diff
+from fxopt.difference import Difference, diff, of_commits
 from fxopt.errors import StoreError, UsageError
 from fxopt.history import commits, history, undo_rewrite
 from fxopt.huggingface import Optimized, optimize
@@ -186,9 +186,9 @@ def graphs_of(model: nn.Module) -> dict[str, GraphModule]:
 def saved_patches(directory: Path) -> Iterator[tuple[str, Difference]]:
     """What each commit of a saved result changed, with the name of its graph; those that did nothing are left out."""
     for name, gm in graphs_of(load(directory)).items():
-        for entry in history(gm):
-            if entry.delta:
-                yield name, entry.diff()
+        for commit, difference in zip(commits(gm), of_commits(gm), strict=True):
+            if commit.delta:
+                yield name, difference
 
 
 def saved_differences(a: Path, b: Path) -> dict[str, Difference]:

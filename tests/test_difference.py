@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
 import fxopt
-from fxopt.difference import align, diff
+from fxopt.difference import align, diff, of_commits
 from fxopt.errors import Conflict, UsageError
 from fxopt.listing import Line, listing
 from fxopt.transformations import EliminateDropout, FuseLinearGELU, MergeLinears
@@ -77,6 +77,7 @@ def test_each_commit_alone_and_both_at_once():
     assert {r.by for r in first.changes} == {("EliminateDropout",)}
     assert {r.by for r in second.changes} == {("FuseLinearGELU",)}
     assert [r.after.text for r in first.rows if r.after] == [r.before.text for r in second.rows if r.before]
+    assert [d.to_json() for d in of_commits(gm)] == [first.to_json(), second.to_json()]
     both = diff(original, gm)
     whole(both, original, gm)
     by = {r.before.name: r.by for r in both.changes if r.before}
