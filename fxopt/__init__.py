@@ -13,9 +13,11 @@ from fxopt.benchmark import Comparison, benchmark, benchmark_many
 from fxopt.bisect import Bisection, bisect
 from fxopt.capture import capture, capture_report
 from fxopt.compose import Pipeline, Result, compose, repeat
+from fxopt.difference import Difference, diff
 from fxopt.errors import FxoptError
 from fxopt.history import History, history
 from fxopt.pattern import Miss
+from fxopt.report import report
 from fxopt.shapes import propagate
 from fxopt.text import show
 from fxopt.transformation import ReversibleTransformation, Rewrite, Transformation
@@ -35,6 +37,7 @@ _LAZY = {  # what needs transformers, or the whole catalogue
 __all__ = [
     "Bisection",
     "Comparison",
+    "Difference",
     "FxoptError",
     "History",
     "Miss",
@@ -51,12 +54,14 @@ __all__ = [
     "capture",
     "capture_report",
     "compose",
+    "diff",
     "dynamo_backend",
     "history",
     "load",
     "optimize",
     "propagate",
     "repeat",
+    "report",
     "save",
     "show",
     "verify",

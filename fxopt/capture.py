@@ -22,7 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ from fxopt.errors import CaptureError, UsageError
 from fxopt.guards import picklable
 from fxopt.log import install
 from fxopt.shapes import propagate
+from fxopt.text import to_html
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = [
     "Call",
@@ -107,6 +111,18 @@ class CaptureReport:
         )
         lines = [head, *self.notes, *(f"eager: {part.path or 'the model'}: {part.reason}" for part in self.eager)]
         return "\n  ".join(lines)
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("input", "dtype", "sizes", title=Text(str(self)), title_justify="left")
+        for spec in self.inputs:
+            table.add_row(Text(spec.path), spec.dtype, Text(", ".join(map(str, spec.shape))))
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 def capture(model: nn.Module, example_inputs: Inputs, dynamic: bool = True) -> GraphModule:

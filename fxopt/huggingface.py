@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -40,6 +42,7 @@ from fxopt.delta import share
 from fxopt.errors import CaptureError, FxoptError, UsageError, VerificationError
 from fxopt.history import history
 from fxopt.inputs import example_inputs as made_up_inputs
+from fxopt.text import to_html
 from fxopt.transformation import Transformation
 from fxopt.verify import verify
 
@@ -174,6 +177,23 @@ class Optimized:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def __rich__(self) -> Table:
+        table = Table(
+            "graph", "route", "compute", "nodes", "calls", title="graphs behind the model", title_justify="left"
+        )
+        for entry in self.entries:
+            for graph in entry.graphs:
+                share, nodes = f"{graph.report.share_of_flops:.0%}", str(len(graph.gm.graph.nodes))
+                table.add_row(graph.name, graph.report.route, share, nodes, str(self.calls[graph.name]))
+        for note in self.notes:
+            table.add_row("", Text(f"eager from the start: {note}"), style="yellow")
+        for reason, count in self.fallbacks.most_common():
+            table.add_row("", Text(f"fell back to eager: {reason}"), "", "", str(count), style="yellow")
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 class Stamp:

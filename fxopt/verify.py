@@ -77,6 +77,14 @@ class Difference:
             text += f", {self.own_units:.3g} × the original's own)" if self.own_units is not None else ")"
         return f"{text}, on the {self.input_set}"
 
+    def __rich__(self) -> RenderableType:
+        from rich.text import Text
+
+        return Text(str(self), style="" if self.ok else "red")
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self))}</p>"
+
     def to_json(self) -> dict[str, Any]:
         """The difference as plain values; numbers that JSON lacks (NaN, Inf) as text."""
         return {
