@@ -25,6 +25,7 @@ from fxopt.verify import Verification, verify
 
 if TYPE_CHECKING:
     from fxopt.huggingface import dynamo_backend, optimize
+    from fxopt.jupyter import step_through
     from fxopt.store import load, save
 
 _LAZY = {  # what needs transformers, or the whole catalogue
@@ -32,6 +33,7 @@ _LAZY = {  # what needs transformers, or the whole catalogue
     "dynamo_backend": "fxopt.huggingface",
     "save": "fxopt.store",
     "load": "fxopt.store",
+    "step_through": "fxopt.jupyter",
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "report",
     "save",
     "show",
+    "step_through",
     "verify",
 ]
 
