@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Several functions bear the name of their module (fxopt.capture is a function, `from fxopt.capture import …` reads the
 # module).  The modules are imported first, so that a later import cannot put one of them in a function's place.
 from fxopt.benchmark import Comparison, benchmark, benchmark_many
+from fxopt.bisect import Bisection, bisect
 from fxopt.capture import capture, capture_report
 from fxopt.compose import Pipeline, Result, compose, repeat
 from fxopt.difference import Difference, diff
@@ -34,6 +35,7 @@ _LAZY = {  # what needs transformers, or the whole catalogue
 }
 
 __all__ = [
+    "Bisection",
     "Comparison",
     "Difference",
     "FxoptError",
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "benchmark_many",
+    "bisect",
     "capture",
     "capture_report",
     "compose",

@@ -7,11 +7,17 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import re
+import sys
 import textwrap
+import types
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fxopt import transformations
+from fxopt.compose import adopt
 from fxopt.errors import StoreError, UsageError
 from fxopt.kernels import pays
 from fxopt.kernels.linear import LARGE_WEIGHT
@@ -102,28 +108,107 @@ def _paragraphs(kind: type[Transformation]) -> list[str]:
 
 def parse(text: str) -> list[Transformation]:
     """
-    Transformations from their spelling: ``FuseLinearGELU,FoldConstants(limit=1024)``.
+    Transformations from their spelling: ``FuseLinearGELU,FoldConstants(limit=1024),mypasses:Mine,dir/x.py:Mine(k=2)``.
 
-    Raises `UsageError` that names what is not known, and what is close to it.
+    A name alone is one of the catalogue.  ``module:name`` and ``path.py:name`` are anybody's: a `Transformation`, one
+    of optimum's, or a function that edits a graph module in place.  Raises `UsageError` that names what is not known,
+    and what is close to it.
     """
+    return [_one(element, text) for element in _elements(text)]
+
+
+def _elements(text: str) -> Iterator[str]:
+    """The parts between commas that stand in no brackets or quotes."""
+    depth, quote, begin = 0, "", 0
+    for i, c in enumerate(text):
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        elif c in "([{":
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+        elif c == "," and depth == 0:
+            yield text[begin:i].strip()
+            begin = i + 1
+    yield text[begin:].strip()
+
+
+_FROM = re.compile(r"(?P<where>[^()'\"]+?):(?P<call>\w+(\(.*\))?)", re.DOTALL)
+
+
+def _one(text: str, whole: str) -> Transformation:
+    found = _FROM.fullmatch(text)
+    call = found["call"] if found else text
     try:
-        tree = ast.parse(f"[{text}]", mode="eval")
+        element = ast.parse(call, mode="eval").body
     except SyntaxError as error:
-        raise UsageError(f"{text!r} is no list of passes; write NAME,NAME(option=value),…") from error
-    assert isinstance(tree.body, ast.List)
-    return [_one(element) for element in tree.body.elts]
-
-
-def _one(element: ast.expr) -> Transformation:
+        raise UsageError(f"{whole!r} is no list of passes; write NAME,NAME(option=value),…") from error
     if isinstance(element, ast.Name):
-        return make(element.id, {})
-    if isinstance(element, ast.Call) and isinstance(element.func, ast.Name) and not element.args:
-        try:
-            options = {k.arg: ast.literal_eval(k.value) for k in element.keywords if k.arg is not None}
-        except ValueError as error:
-            raise UsageError(f"{ast.unparse(element)}: an option is no plain value; write NAME(option=1)") from error
-        return make(element.func.id, options)
-    raise UsageError(f"{ast.unparse(element)!r} is no pass; write NAME or NAME(option=value)")
+        name, options = element.id, {}
+    elif isinstance(element, ast.Call) and isinstance(element.func, ast.Name) and not element.args:
+        name, options = element.func.id, _options(element)
+    else:
+        raise UsageError(f"{ast.unparse(element)!r} is no pass; write NAME or NAME(option=value)")
+    return _foreign(found["where"], name, options) if found else make(name, options)
+
+
+def _options(call: ast.Call) -> dict[str, Any]:
+    try:
+        return {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+    except ValueError as error:
+        raise UsageError(f"{ast.unparse(call)}: an option is no plain value; write NAME(option=1)") from error
+
+
+def _foreign(where: str, name: str, options: dict[str, Any]) -> Transformation:
+    """The pass ``name`` of a module or a Python file."""
+    module = _module(where)
+    found = getattr(module, name, None)
+    if found is None:
+        passes = [k for k, v in vars(module).items() if inspect.isclass(v) and hasattr(v, "transform")]
+        close = difflib.get_close_matches(name, passes, n=2) or passes[:3]
+        raise UsageError(f"{where} has no {name}; " + (f"it has {', '.join(close)}" if close else "it has no passes"))
+    if not inspect.isclass(found):
+        if options or not callable(found):
+            raise UsageError(f"{where}:{name} is no class, so it takes no options; give {where}:{name}")
+        return adopt(found)
+    try:
+        return adopt(found(**options))
+    except TypeError as error:
+        raise UsageError(f"{where}:{name} cannot be made with {', '.join(options) or 'no options'}: {error}") from error
+
+
+def _module(where: str) -> types.ModuleType:
+    """A module by its name, also from the current folder, or by the path of its file."""
+    path = Path(where)
+    if path.suffix != ".py":
+        with _findable(Path.cwd()):
+            return _imported(where)
+    if not path.is_file():
+        raise UsageError(f"there is no file {where}; give PATH.py:NAME or MODULE:NAME")
+    known = sys.modules.get(path.stem)
+    if known is not None and Path(getattr(known, "__file__", None) or "").resolve() != path.resolve():
+        raise UsageError(f"{where} has the name of a module that is loaded already, {path.stem}; rename the file")
+    with _findable(path.resolve().parent):
+        return _imported(path.stem)
+
+
+def _imported(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever a user's module raises
+        text = (str(error).splitlines() or [""])[0]
+        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {text}") from error
+
+
+@contextmanager
+def _findable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def make(name: str, options: dict[str, Any]) -> Transformation:

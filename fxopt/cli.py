@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -48,7 +49,7 @@ def optimize(
     model: Annotated[str, typer.Argument(help="A built-in name (see `fxopt models`), a local folder, or a hub name.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     passes: Annotated[
-        str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`).")
+        str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`); yours as FILE.py:NAME.")
     ] = "default",
     num_runs: Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds run before timing.")] = 3,
@@ -61,6 +62,9 @@ def optimize(
     rtol: Annotated[float | None, typer.Option(min=0, help="Relative tolerance of the verification.")] = None,
     atol: Annotated[float | None, typer.Option(min=0, help="Absolute tolerance of the verification.")] = None,
     benchmark: Annotated[bool, typer.Option(help="Time every step.")] = True,
+    limit: Annotated[
+        str | None, typer.Option(help="Stop early: PASS, or PASS:1-30 for its first 30 rewrites (see `fxopt bisect`).")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the result to this folder.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
     report_: Annotated[Path | None, typer.Option("--report", help="Write a report to this file, as HTML.")] = None,
@@ -80,7 +84,16 @@ def optimize(
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
     result = frontend.optimize(
-        loaded, inputs, model, passes, rtol, atol, benchmarked=benchmark, rounds=num_runs, warmup=warmup
+        loaded,
+        inputs,
+        model,
+        passes,
+        rtol,
+        atol,
+        benchmarked=benchmark,
+        rounds=num_runs,
+        warmup=warmup,
+        limit=limit,
     )
     out.print(result)
     if json_ is not None:
@@ -95,6 +108,79 @@ def optimize(
         out.print(f"saved to {save}; `fxopt log {save}` shows its history", highlight=False)
     if not result.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def bisect(
+    model: Annotated[str, typer.Argument(help="A built-in name (see `fxopt models`), a local folder, or a hub name.")],
+    passes: Annotated[
+        str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`); yours as FILE.py:NAME.")
+    ] = "default",
+    check: Annotated[str | None, typer.Option(help="What fails: outputs (the default), nan, crash or slower.")] = None,
+    script: Annotated[
+        str | None,
+        typer.Option(
+            help="A command that judges the graph in the folder $FXOPT_GRAPH (fxopt.load reads it): "
+            "exit 0 good, 125 cannot tell, 1 to 127 bad, above abort."
+        ),
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(min=0, help="Relative tolerance of the outputs.")] = None,
+    atol: Annotated[float | None, typer.Option(min=0, help="Absolute tolerance of the outputs.")] = None,
+    out_: Annotated[
+        Path | None, typer.Option("--out", help="Keep the journal, the result and the reproducer in this folder.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the journal in --out.")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - is stdout.")] = None,
+    graph: Annotated[str | None, typer.Option(help="Only this graph: forward, prefill, decode, …")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")
+    ] = None,
+) -> None:
+    """Find the pass, and the one rewrite of it, that makes a model fail.  Exit codes: 0 found, 1 not, 2 wrong usage."""
+    from fxopt import frontend
+
+    to_stdout = json_ is not None and str(json_) == "-"
+    _check_writable(out_, None if to_stdout else json_, "--out")
+    if script is not None and check is not None:
+        raise UsageError(f"--check {check} was given beside --script; give one of them")
+    if resume and out_ is None:
+        raise UsageError("--resume needs the folder of the run to resume; give --out DIR")
+    told = err if to_stdout else out
+
+    def say(line: str) -> None:
+        told.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with err.status(f"loading {model}"):
+        loaded = frontend.load(model, device=device, dtype=dtype)
+        inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
+    name, found = frontend.bisect(
+        loaded, inputs, passes, check or "outputs", script, graph, rtol, atol, out_, resume, say
+    )
+    for line in found.lines(limits=False):
+        say(line)
+    given: dict[str, object] = {"--device": device, "--dtype": dtype, "--text": text, "--max-length": max_length}
+    given |= {"--batch-size": batch_size, "--rtol": rtol, "--atol": atol}
+    rerun = ["fxopt", "optimize", model, "--passes", passes]
+    rerun += [str(v) for pair in given.items() for v in pair if pair[1] is not None]
+    for what, limit in (("last good", found.last_good), ("first bad", found.first_bad)):
+        if limit is not None:
+            say(f"{what}: {shlex.join([*rerun, '--limit', limit])}")
+    result = json.dumps({"model": model, "graph": name, **found.to_json()}, indent=1) + "\n"
+    if out_ is not None:
+        out_.mkdir(parents=True, exist_ok=True)
+        write_aside(out_ / "result.json", result)
+    if to_stdout:
+        sys.stdout.write(result)
+    elif json_ is not None:
+        write_aside(json_, result)
+    if found.found:
+        place = None if out_ is None else out_ if name == "forward" else out_ / name.replace(" ", "-")
+        say(f"reproduce: python {place / 'repro' / 'repro.py'}" if place else "give --out DIR to keep the reproducer")
+    raise typer.Exit(0 if found.found else 1)
 
 
 @app.command()
@@ -215,10 +301,10 @@ def undo(
         out.print(line, highlight=False, markup=False)
 
 
-def _check_writable(save: Path | None, json_: Path | None) -> None:
+def _check_writable(save: Path | None, json_: Path | None, option: str = "--save") -> None:
     """Say so before the work is done, not after."""
     if save is not None and save.exists() and not save.is_dir():
-        raise UsageError(f"--save {save} is a file, expected a folder; give another path")
+        raise UsageError(f"{option} {save} is a file, expected a folder; give another path")
     if json_ is not None and (json_.is_dir() or not json_.resolve().parent.is_dir()):
         raise UsageError(
             f"--json {json_} cannot be written: it is a folder or its folder does not exist; give a file name"

@@ -20,7 +20,8 @@ from fxopt.benchmark import Comparison
 from fxopt.benchmark import benchmark as compare
 from fxopt.delta import graphs, share
 from fxopt.errors import FxoptError, TransformationError, UsageError, VerificationError
-from fxopt.history import Edited, atomic, commits, find, history, undo
+from fxopt.history import Edited, atomic, commits, find, history, undo, undo_rewrites
+from fxopt.limit import Limit
 from fxopt.log import label
 from fxopt.shapes import propagate
 from fxopt.text import to_html, to_text
@@ -194,8 +195,10 @@ class Pipeline(ReversibleTransformation):
         rounds: int | None = None,
         warmup: int | None = None,
         show: bool | None = None,
+        limit: str | None = None,
     ) -> None:
         self.transformations = tuple(transformations)
+        self.limit = None if limit is None else Limit.parse(limit, self.transformations)
         self.inplace = inplace
         self.verify = verify
         self.benchmark = benchmark
@@ -263,10 +266,12 @@ class Pipeline(ReversibleTransformation):
         """
         questions = _Questions(self, gm)
         steps: list[Step] = []
-        with atomic(gm), questions.progress(len(self.transformations)) as advance:
-            for t in self.transformations:
+        within = self.transformations if self.limit is None else self.transformations[: self.limit.index + 1]
+        with atomic(gm), questions.progress(len(within)) as advance:
+            for t in within:
                 advance(t.signature)
-                steps.append(self._step(gm, t, questions, lint_and_recompile))
+                cut = self.limit if len(steps) == len(within) - 1 else None
+                steps.append(self._step(gm, t, questions, lint_and_recompile, cut))
             advance("the result")
             result = Result(gm, tuple(steps), questions.total(gm), questions.last)
         gm.meta[_RESULT] = result.to_json()
@@ -274,7 +279,14 @@ class Pipeline(ReversibleTransformation):
             Console().print(result)
         return result
 
-    def _step(self, gm: GraphModule, t: Transformation, questions: _Questions, lint_and_recompile: bool) -> Step:
+    def _step(
+        self,
+        gm: GraphModule,
+        t: Transformation,
+        questions: _Questions,
+        lint_and_recompile: bool,
+        limit: Limit | None = None,
+    ) -> Step:
         nodes, began = _count(gm), time.perf_counter()
         before = questions.copy(gm)
         try:
@@ -286,6 +298,12 @@ class Pipeline(ReversibleTransformation):
         seconds = time.perf_counter() - began
         done = history(gm)[-1]
         rewrites = len(done.rewrites)
+        if limit is not None and rewrites:
+            apart = [r.part.id for i, r in enumerate(done.rewrites, 1) if not limit.keeps(i)]
+            undo_rewrites(gm, done.index, apart)
+            done, rewrites = history(gm)[-1], rewrites - len(apart)
+        if not rewrites and limit is not None and history(gm)[-1].rewrites:
+            return Step(t, 0, (nodes, nodes), seconds, note="none of its rewrites, by the limit")
         if not rewrites:
             misses = sum(1 for _ in t.misses(gm))
             note = f"did nothing; {misses} near-miss{'es' * (misses != 1)}" if misses else "did nothing"
@@ -466,6 +484,7 @@ def compose(
     rounds: int | None = None,
     warmup: int | None = None,
     show: bool | None = None,
+    limit: str | None = None,
 ) -> Pipeline:
     """
     Transformations in a row, applied left to right and undone right to left.
@@ -478,7 +497,8 @@ def compose(
     ``on_failure``: a step that fails or computes something else raises ("raise"; nothing is changed) or is taken back
     alone ("undo").  ``on_regression``: "undo" takes back a step that is measurably slower.  ``rtol``, ``atol``: see
     `fxopt.verify`.  ``rounds``, ``warmup``: see `fxopt.benchmark`.  ``show``: print progress and the table; by default
-    where something is asked and a person watches.
+    where something is asked and a person watches.  ``limit``: run a part of the pipeline, as in "FuseLinearGELU:1-30":
+    what comes before FuseLinearGELU, its first 30 rewrites, and nothing after (`fxopt.limit.Limit`).
     """
     for name, value, allowed in (
         ("on_failure", on_failure, ("raise", "undo")),
@@ -488,6 +508,8 @@ def compose(
             raise UsageError(f"compose was given {name}={value!r}, expected one of {', '.join(map(repr, allowed))}")
     steps: list[Transformation] = []
     for t in map(adopt, transformations):
+        if isinstance(t, Pipeline) and t.limit is not None:
+            raise UsageError("compose was given a pipeline with a limit; give the limit to the outer compose")
         steps += t.transformations if isinstance(t, Pipeline) else [t]
     return Pipeline(
         steps,
@@ -502,6 +524,7 @@ def compose(
         rounds=rounds,
         warmup=warmup,
         show=show,
+        limit=limit,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.fx import GraphModule
 
 from fxopt import catalogue, models
 from fxopt.benchmark import Comparison, benchmark
-from fxopt.compose import Result, compose
+from fxopt.bisect import Bisection
+from fxopt.bisect import bisect as bisect_graph
+from fxopt.checks import ByScript
+from fxopt.compose import Pipeline, Result, compose
+from fxopt.delta import share
 from fxopt.errors import UsageError
 from fxopt.huggingface import Optimized, default_passes
 from fxopt.huggingface import optimize as optimize_model
@@ -143,6 +148,7 @@ def optimize(
     rounds: int = 30,
     warmup: int = 3,
     show: bool | None = None,
+    limit: str | None = None,
 ) -> Report:
     """Run the passes over every graph of ``model``, each step verified and timed, and compare the result with eager."""
     steps = default_passes(_device(model)) if passes == "default" else catalogue.parse(passes)
@@ -155,6 +161,7 @@ def optimize(
         atol=atol,
         rounds=rounds,
         warmup=warmup,
+        limit=limit,
     )
     pipeline.show = False if show is None else show
     result = optimize_model(model, pipeline, dict(given))
@@ -162,6 +169,68 @@ def optimize(
     verification = verify(model, result, dict(given), rtol=rtol, atol=atol)
     comparison = benchmark(model, result, dict(given), rounds=rounds, warmup=warmup) if benchmarked else None
     return Report(name, result, dict(state.results), verification, comparison, passes == "default")
+
+
+def graphs(model: nn.Module, given: Mapping[str, Any], generation: bool) -> dict[str, tuple[GraphModule, Any]]:
+    """The graphs that `optimize` would transform, by name, each with the inputs that it was captured with."""
+    collect = _Collect()
+    state: Optimized = optimize_model(model, collect, dict(given), generation=generation).__dict__["fxopt"]
+    return dict(zip(state.results, collect.found, strict=True))
+
+
+class _Collect(Pipeline):
+    """A pipeline that does nothing but keep the graphs that it is given, with their inputs."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self.found: list[tuple[GraphModule, Any]] = []
+
+    def run(self, gm: GraphModule, lint_and_recompile: bool = True) -> Result:
+        """Keep a copy of ``gm``."""
+        self.found.append((share(gm), self.example_inputs))
+        return Result(gm, ())
+
+
+def bisect(
+    model: nn.Module,
+    given: Mapping[str, Any],
+    passes: str,
+    check: str = "outputs",
+    script: str | None = None,
+    graph: str | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> tuple[str, Bisection]:
+    """
+    Bisect the graph named ``graph``, or else each in turn until one fails; its name, and the result.
+
+    With ``out``, the journal is kept there (in a folder of its own for each further graph), and the reproducer in its
+    folder ``repro``.
+    """
+    steps = default_passes(_device(model)) if passes == "default" else catalogue.parse(passes)
+    tried: list[str] = []
+    for generation in (False, True):
+        found = graphs(model, given, generation)
+        for name, (gm, inputs) in found.items():
+            if name in tried or (graph is not None and name != graph):
+                continue
+            tried.append(name)
+            say(f"{name}: {len(gm.graph.nodes)} nodes, {len(steps)} transformations")
+            asked = check if script is None else ByScript(script, gm, inputs)
+            place = out if name == "forward" or out is None else out / name.replace(" ", "-")
+            result = bisect_graph(
+                gm, steps, asked, inputs, rtol=rtol, atol=atol, directory=place, resume=resume, say=say
+            )
+            if result.reproduced or name == graph:
+                if place is not None and result.repro is not None and result.repro.confirmed:
+                    result.repro.save(place / "repro")
+                return name, result
+    if not tried:
+        raise UsageError(f"--graph {graph} is not there; the model has {', '.join(found)}")
+    return name, result
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -39,6 +39,7 @@ __all__ = [
     "to_text",
     "undo",
     "undo_rewrite",
+    "undo_rewrites",
 ]
 
 Edited = Literal["refuse", "carry", "discard"]
@@ -217,14 +218,20 @@ def undo(gm: GraphModule, index: int, edited: Edited = "refuse") -> None:
 
 def undo_rewrite(gm: GraphModule, index: int, part: str, edited: Edited = "refuse") -> None:
     """Undo one rewrite of commit ``index``, alone; the rest of the commit stays."""
+    undo_rewrites(gm, index, (part,), edited)
+
+
+def undo_rewrites(gm: GraphModule, index: int, parts: Collection[str], edited: Edited = "refuse") -> None:
+    """Undo those rewrites of commit ``index`` whose ids are given, at once; the rest of the commit stays."""
     commit = commits(gm)[index]
-    if part in commit.undone:
+    ids = frozenset(parts) - commit.undone
+    if not ids:
         return
-    going = joined([p.delta for p in commit.parts if p.id == part], commit.delta)
+    going = joined([p.delta for p in commit.parts if p.id in ids], commit.delta)
 
     def take_back(now: Snapshot) -> tuple[Commit, ...]:
         _revert(gm, commit, going, edited, now)
-        return (dataclasses.replace(commit, undone=commit.undone | {part}),)
+        return (dataclasses.replace(commit, undone=commit.undone | ids),)
 
     _rebase(gm, index, take_back, going)
 

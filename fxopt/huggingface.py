@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,11 +38,13 @@ from fxopt.capture import (
     structural_copy,
 )
 from fxopt.compose import Pipeline, Result, compose
+from fxopt.delta import share
 from fxopt.errors import CaptureError, FxoptError, UsageError, VerificationError
 from fxopt.history import history
 from fxopt.inputs import example_inputs as made_up_inputs
 from fxopt.text import to_html
 from fxopt.transformation import Transformation
+from fxopt.verify import verify
 
 Apply = Callable[[GraphModule], GraphModule]
 _FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
@@ -275,10 +278,19 @@ class _Copied:
         now = 0 if self.tensor.is_inference() else self.tensor._version
         return now != self.version or self.tensor.data_ptr() != self.address
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.name, self.tensor, self.edited(), None if _as_kept([self]) else self.kept)
+
     def of_copy(self, tensor: Tensor) -> _Copied:
         """The same of a copy of the tensor; what was edited stays known as edited."""
         twin = _Copied.of(self.name, tensor)
         return dataclasses.replace(twin, version=-1) if self.edited() else dataclasses.replace(twin, kept=self.kept)
+
+
+def _unpickled(name: str, tensor: Tensor, edited: bool, kept: Tensor | None) -> _Copied:
+    made = _Copied.of(name, tensor)
+    made = made if kept is None else dataclasses.replace(made, kept=kept)
+    return dataclasses.replace(made, version=-1) if edited else made
 
 
 def _as_kept(copied: Sequence[_Copied]) -> bool:
@@ -312,6 +324,14 @@ class Dispatch:
         self._names = positional_names(module)
         self._own = module.__dict__.get("forward")
         self._last = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "__signature__"}  # its annotations may be anybody's
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        own = self._own or types.MethodType(type(self.module).forward, self.module)
+        self.__signature__ = inspect.signature(own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module's own forward returns for these inputs."""
@@ -513,13 +533,20 @@ def _graphs(
             continue
         expected = [each.into(module) for each in group]
         guard = Guard(gm, call)  # of the captured graph: a pass may remove its guards
+        original = share(gm)
         gm = _applied(apply, gm, name, call, state)
         for each, before in zip(group, expected, strict=True):
-            if guard.refuses(dict(zip(each.names, each.values, strict=True))) is None:
-                wrong = difference(before, each.into(gm))
-                if wrong is not None:
-                    raise VerificationError(f"{name} of {type(module).__name__}, transformed: {wrong}")
+            taken = guard.refuses(dict(zip(each.names, each.values, strict=True))) is None
+            if taken and difference(before, each.into(gm)) is not None:
+                _judge(original, gm, each, f"{name} of {type(module).__name__}")
         yield Captured(name, gm, guard)
+
+
+def _judge(original: GraphModule, gm: GraphModule, call: Call, name: str) -> None:
+    """Raise VerificationError unless ``gm`` is as near to the truth as ``original``: half precision rounds widely."""
+    found = verify(original, gm, dict(zip(call.names, call.values, strict=True)), n_drawn=0)
+    if not found.ok:
+        raise VerificationError(f"{name}, transformed: {found.summary}")
 
 
 def _applied(apply: Apply, gm: GraphModule, name: str, call: Call, state: Optimized) -> GraphModule:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from fxopt.delta import Delta, related
-from fxopt.snapshot import Record, Slot, graph_of, node_key, path_in, uncollected
+from fxopt.snapshot import Record, Ref, Slot, graph_of, node_key, path_in, uncollected
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ def split(delta: Delta) -> tuple[Part, ...]:
     """
     The independent parts of ``delta``, in graph order.
 
-    Joins changed nodes that refer to each other before or after, a changed parameter with the nodes that read it, and
-    all that touches one module object (union-find).  A change of nothing but order is a part of its own.
+    Joins changed nodes that refer to each other before or after, or write to the same value; a changed parameter with
+    the nodes that read it; and all that touches one module object (union-find).  A change of nothing but order is a
+    part of its own.
     """
     position = {k: i for _, (a, b) in delta.orders.items() for i, k in enumerate((*a, *b))}
     for i, key in enumerate(delta.nodes):
@@ -94,6 +96,8 @@ def _group(delta: Delta) -> dict[Any, int]:
         for record in pair:
             if record is None:
                 continue
+            if (written := _written(record)) is not None:  # a write that takes the place of another has no users
+                union(("node", key), ("written", node_key(graph, written)))
             for name in record.refs():
                 if (other := node_key(graph, name)) in delta.nodes:
                     union(("node", key), ("node", other))
@@ -122,6 +126,20 @@ def _join_state(delta: Delta, paths: set[str], union: Any) -> None:
         while owner := owner.rpartition(".")[0]:
             if owner in paths:
                 union(("path", path), ("path", owner))
+
+
+def _written(record: Record) -> str | None:
+    """The name of the node whose value ``record`` writes to in place; None if it writes to none."""
+    if record.op == "call_function" and isinstance(record.target, OpOverload):
+        arguments = record.target._schema.arguments
+        written = (i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+        place = next(written, len(record.args))
+    else:
+        name = record.target if isinstance(record.target, str) else getattr(record.target, "__name__", "")
+        inplace = name in ("setitem", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+        place = 0 if record.op in ("call_function", "call_method") and inplace else len(record.args)
+    value = record.args[place] if place < len(record.args) else None
+    return value.name if isinstance(value, Ref) else None
 
 
 def _restricted(delta: Delta, groups: dict[Any, int]) -> list[Delta]:

@@ -77,6 +77,99 @@ def test_models_and_passes_are_listed(fxopt_):
     assert all(name in out for name in catalogue()) and "dropout(x, training=False)  ->  x" in out
 
 
+PASSES = """
+from dataclasses import dataclass
+import torch
+from fxopt import ReversibleTransformation
+
+
+@dataclass(frozen=True)
+class WrongGELU(ReversibleTransformation):
+    which: int = 1
+
+    def transform(self, graph_module):
+        found = [n for n in graph_module.graph.nodes if n.target is torch.ops.aten.gelu.default]
+        for i, node in enumerate(found, 1):
+            node.kwargs = {"approximate": "tanh" if i == self.which else "none"}
+
+
+def nothing(graph_module):
+    pass
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    file = tmp_path / f"passes_{tmp_path.name}.py"  # a module of its own for each test
+    file.write_text(PASSES)
+    return f"EliminateDropout,{file}:WrongGELU(which=2),{file}:nothing,MergeLinears"
+
+
+TOLERANCE = ("--max-length", 12, "--rtol", 0, "--atol", "1e-6")
+
+
+def test_bisect_finds_resumes_and_reruns(fxopt_, tmp_path, mine):
+    folder = tmp_path / "run"
+    code, out, err = fxopt_("bisect", "bert-base-tiny", "--passes", mine, *TOLERANCE, "--out", folder)
+    assert code == 0, (out, err)
+    assert "probe 1: the original: good" in out and "probe 2: all: bad" in out and "got" in out
+    assert "found: WrongGELU(which=2)@encoder.layer.1.intermediate.intermediate_act_fn#" in out
+    assert "hint: gelu approximate 'none' → 'tanh'" in out and "from activations.py:" in out
+    result = json.loads((folder / "result.json").read_text())
+    assert result["graph"] == "forward" and result["found"] and len(result["probes"]) <= 2 + 1 + 3
+    assert {p.name for p in folder.iterdir()} == {"bisect.jsonl", "result.json", "repro"}
+    assert f"reproduce: python {folder / 'repro' / 'repro.py'}" in out
+
+    code, out, _ = fxopt_(
+        "bisect", "bert-base-tiny", "--passes", mine, *TOLERANCE, "--out", folder, "--resume", "--json", "-"
+    )
+    again = json.loads(out)
+    assert code == 0 and all(p["resumed"] for p in again["probes"]) and again["rewrite"] == result["rewrite"]
+
+    for limit, expected in ((result["last_good"], 0), (result["first_bad"], 1)):
+        rerun = ("optimize", "bert-base-tiny", "--passes", mine, *TOLERANCE, "--no-benchmark", "--limit", limit)
+        code, out, err = fxopt_(*rerun)
+        assert code == expected and "MergeLinears" not in out, (out, err)
+
+
+def test_bisect_finds_nothing_where_nothing_is_wrong(fxopt_):
+    code, out, err = fxopt_("bisect", "mlp-tiny", "--passes", "default")
+    assert code == 1 and "not reproduced" in out, err
+
+
+def test_bisect_by_script(fxopt_, tmp_path, mine):
+    table = tmp_path / "found.json"
+    arguments = ("bisect", "bert-base-tiny", "--passes", mine, "--max-length", 12, "--json", table)
+    code, out, err = fxopt_(*arguments, "--script", "! grep -q tanh.*approximate $FXOPT_GRAPH/graph.json && "
+                            "! grep -A3 '\"approximate\"' $FXOPT_GRAPH/graph.json | grep -q tanh")  # fmt: skip
+    assert code == 0, (out, err)
+    assert json.loads(table.read_text())["transformation"] == "WrongGELU(which=2)"
+    code, _, err = fxopt_(*arguments, "--script", "exit 130")
+    assert code == 2 and "the script ended with exit code 130" in err
+    code, _, err = fxopt_(*arguments, "--script", "no-such-command")
+    assert code == 2 and "the original fails the check itself: exit code 127" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (("bisect", "mlp-tiny", "--check", "wrong"), "expected one of outputs, nan, crash, slower"),
+        (("bisect", "mlp-tiny", "--check", "nan", "--script", "true"), "give one of them"),
+        (("bisect", "mlp-tiny", "--resume"), "give --out DIR"),
+        (("bisect", "mlp-tiny", "--graph", "decode"), "the model has forward"),
+        (("bisect", "mlp-tiny", "--out", __file__), "--out"),
+        (("optimize", "mlp-tiny", "--limit", "Nothing:3"), "names no pass of the pipeline"),
+        (("optimize", "mlp-tiny", "--passes", "nowhere.py:X"), "there is no file nowhere.py"),
+        (("optimize", "mlp-tiny", "--passes", "no_such_module:X"), "no_such_module cannot be imported"),
+        (("optimize", "mlp-tiny", "--passes", "fxopt.transformations:FuseLinear"), "it has"),
+        (("optimize", "mlp-tiny", "--passes", "fxopt.transformations:FuseLinearGELU(x=1)"), "cannot be made with x"),
+    ),
+)
+def test_wrong_usage_of_bisect_is_one_line_and_exit_2(fxopt_, arguments, message):
+    code, _, err = fxopt_(*arguments)
+    assert code == 2 and message in err and err.count("\n") == 1 and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (

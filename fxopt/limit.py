@@ -1,0 +1,67 @@
+"""A part of a pipeline, by hand: which rewrites of which pass stand, with nothing run after it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxopt.errors import UsageError
+from fxopt.log import Recordable
+
+_SPELLING = re.compile(r"(?P<name>.+?)(?:#(?P<turn>[1-9]\d*))?(?::(?P<numbers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*))?")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """
+    ``NAME[#TURN][:NUMBERS]``, as in ``FuseLinearGELU:1-30``, ``FuseLinearGELU:1-3,7`` and ``EliminateDeadNodes#2:4``.
+
+    What comes before the pass in the pipeline runs whole.  Of the pass's rewrites, numbered from 1 in graph order as in
+    its commit, those of the given numbers stand, and the others are taken back; without numbers all stand, and
+    with ``:0`` none does.  What comes after it is not run.  NAME is the name of the pass's class or its signature;
+    #TURN says which, where the pipeline runs it several times (1 is the first).
+    """
+
+    index: int  # of the pass in the pipeline
+    spans: tuple[tuple[int, int], ...] | None = None  # first and last number, both included; None: all
+
+    def keeps(self, number: int) -> bool:
+        """Whether the rewrite of that number, counted from 1, stands."""
+        return self.spans is None or any(first <= number <= last for first, last in self.spans)
+
+    @classmethod
+    def parse(cls, text: str, transformations: Sequence[Recordable]) -> Limit:
+        """The limit that ``text`` spells; raises `UsageError` where the pipeline has no such pass."""
+        found = _SPELLING.fullmatch(text)
+        places = found and [i for i, t in enumerate(transformations) if found["name"] in (name_of(t), t.signature)]
+        if not found or not places:
+            named = ", ".join(dict.fromkeys(map(name_of, transformations))) or "none"
+            raise UsageError(f"limit {text!r} names no pass of the pipeline; write NAME or NAME:1-30, NAME of: {named}")
+        turn = int(found["turn"] or 1)
+        if turn > len(places) or (found["turn"] is None and len(places) > 1):
+            raise UsageError(
+                f"limit {text!r}: the pipeline runs {found['name']} {len(places)} times; "
+                f"say which with {found['name']}#1 to #{len(places)}"
+            )
+        return cls(places[turn - 1], found["numbers"] and tuple(map(_span, found["numbers"].split(","))))  # type: ignore[arg-type]
+
+
+def _span(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
+def name_of(transformation: Recordable) -> str:
+    """What a limit calls a transformation: the name of its class, or of the function that it wraps."""
+    inner = getattr(transformation, "inner", transformation)
+    return str(getattr(inner, "__qualname__", type(inner).__qualname__)).rpartition(".")[2]
+
+
+def spelled(transformations: Sequence[Recordable], index: int, count: int | None = None) -> str:
+    """The limit that stops after the first ``count`` rewrites of pass ``index``; after all of them if None."""
+    name = name_of(transformations[index])
+    same = [i for i, t in enumerate(transformations) if name_of(t) == name]
+    turn = f"#{same.index(index) + 1}" if len(same) > 1 else ""
+    numbers = "" if count is None else ":0" if count == 0 else ":1" if count == 1 else f":1-{count}"
+    return f"{name}{turn}{numbers}"

@@ -1,0 +1,379 @@
+"""What a bisection says and does beside finding one wrong rewrite."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import fxopt
+from fxopt.bisect import JOURNAL
+from fxopt.delta import share
+from fxopt.errors import FxoptError, UsageError
+from fxopt.repro import run
+from fxopt.transformation import Transformation
+from fxopt.transformations import EliminateDropout, FuseLinearReLU
+from fxopt.verify import verify
+from tests.bisect import captures
+from tests.bisect.planted import Harmless, Plant, calls, put, swap
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Unclamp(Transformation):
+    """Removes the clamps of those numbers, and makes the others anew: of the two of a layer, one is enough."""
+
+    numbers: tuple[int, ...]
+    of: tuple[int, ...] = tuple(range(24))
+
+    def transform(self, graph_module):
+        for i, node in enumerate(calls(graph_module, "clamp.default")):
+            if i in self.numbers:
+                put(graph_module, node, node.args[0])
+            elif i in self.of:
+                swap(graph_module, node)
+
+
+@dataclass(frozen=True)
+class UnclampNamed(Transformation):
+    name: str
+
+    def transform(self, graph_module):
+        (node,) = (n for n in graph_module.graph.nodes if n.name == self.name)
+        put(graph_module, node, node.args[0])
+
+
+@dataclass(frozen=True)
+class Scale(Transformation):
+    """Multiplies the output of the tanh of number ``at`` by ``by``."""
+
+    at: int
+    by: float
+
+    def transform(self, graph_module):
+        for i, node in enumerate(calls(graph_module, "tanh.default")):
+            again = swap(graph_module, node)
+            if i == self.at:
+                with graph_module.graph.inserting_after(again):
+                    scaled = graph_module.graph.call_function(aten.mul.Tensor, (again, self.by))
+                again.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
+
+
+@dataclass(frozen=True)
+class Unscale(Transformation):
+    by: float
+
+    def transform(self, graph_module):
+        for node in calls(graph_module, "mul.Tensor"):
+            if node.args[1] == self.by:
+                put(graph_module, node, node.args[0])
+
+
+def test_two_that_fail_only_together_in_one_pass():
+    gm, inputs = captures.mlp()
+    found = fxopt.bisect(gm, [EliminateDropout(), Harmless("cat.default"), Unclamp((8, 9))], example_inputs=inputs)
+    assert found.found, found
+    names = [n.name for n in calls(gm, "clamp.default")]
+    assert [set(r.removed) & set(names) for r in found.interacting] == [{names[8]}, {names[9]}]
+    assert found.rewrite == found.interacting[-1] and "fail only together" in found.summary
+    assert found.repro.size[0] <= 12
+
+
+def test_two_that_fail_only_together_in_two_passes():
+    gm, inputs = captures.mlp()
+    names = [n.name for n in calls(gm, "clamp.default")]
+    first, second = Unclamp((14,), tuple(range(0, 24, 2))), UnclampNamed(names[15])
+    found = fxopt.bisect(gm, [first, Harmless("cat.default"), second], example_inputs=inputs)
+    assert found.found and found.transformation is second, found
+    assert [r.signature for r in found.interacting] == [first.signature, second.signature]
+    assert names[14] in found.interacting[0].removed and names[15] in found.interacting[1].removed
+
+
+def test_three_that_fail_only_together():
+    gm, _ = captures.mlp()
+    wanted = {3, 11, 20}
+    original = [n.name for n in calls(gm, "clamp.default")]
+
+    def check(graph):
+        standing = {n.name for n in calls(graph, "clamp.default")}
+        return not all(original[i] not in standing for i in wanted)
+
+    found = fxopt.bisect(gm, [Harmless("relu.default"), Unclamp(())], check, confirm=False)
+    assert [set(r.removed) & set(original) for r in found.interacting] == [{original[i]} for i in sorted(wanted)]
+    assert not found.found and found.reproduced
+
+
+def test_a_rewrite_that_needs_an_earlier_pass_is_guilty_alone():
+    """The guilty pass finds nothing to do without the one before it, and the number of probes stays within bounds."""
+    gm, inputs = captures.mlp()
+
+    @dataclass(frozen=True)
+    class Wrong(Transformation):
+        def transform(self, graph_module):
+            for i, node in enumerate(calls(graph_module, "sigmoid.default")):
+                x, minus = node.args[0], 2.0 if i != 5 else 2.1
+                with graph_module.graph.inserting_before(node):
+                    half = graph_module.graph.call_function(aten.mul.Tensor, (x, minus / 2))
+                swap(graph_module, node, half)
+
+    @dataclass(frozen=True)
+    class ToSigmoid(Transformation):
+        def transform(self, graph_module):
+            for node in calls(graph_module, "tanh.default"):
+                graph = graph_module.graph
+                with graph.inserting_before(node):
+                    twice = graph.call_function(aten.mul.Tensor, (node.args[0], 2.0))
+                    s = graph.call_function(aten.sigmoid.default, (twice,))
+                    new = graph.call_function(aten.sub.Tensor, (graph.call_function(aten.mul.Tensor, (s, 2.0)), 1.0))
+                put(graph_module, node, new)
+
+    found = fxopt.bisect(gm, [ToSigmoid(), Wrong()], example_inputs=inputs)
+    assert found.found and found.transformation == Wrong() and not found.interacting, found
+    assert len(found.probes) <= 1 + 4 + 3
+    assert any("mul" in h for h in found.hints) or found.hints == ()
+
+
+def test_no_failure_is_not_reproduced():
+    gm, inputs = captures.mlp()
+    found = fxopt.bisect(gm, [Harmless("tanh.default")], example_inputs=inputs)
+    assert not found.reproduced and not found.found and len(found.probes) == 2
+    assert found.summary == "not reproduced: all 12 rewrites together are good"
+    nothing = fxopt.bisect(gm, [EliminateDropout()], example_inputs=inputs)
+    assert not nothing.reproduced and "all 0 rewrites" in nothing.summary
+
+
+def test_the_same_failure_counts():
+    """The other output fails from the first pass on, and worse in the whole: only the worst one is followed."""
+    gm, inputs = captures.mlp()
+    found = fxopt.bisect(
+        gm,
+        [Scale(3, 1.001), Harmless("relu.default"), Plant("dtype of an output", 0), Harmless("cat.default")],
+        example_inputs=inputs,
+    )
+    assert found.failure.kind == "dtype" and found.failure.where == "output[1]"
+    assert found.transformation == Plant("dtype of an output", 0)
+    assert any("fails otherwise: output[0]" in p.note and p.verdict == "good" for p in found.probes)
+
+
+def test_a_flaky_check_is_said():
+    gm, inputs = captures.mlp()
+    answers = iter((True, False, True, False, False, True, True, True))  # the original, all, 6, 9, 7; 7 alone; 7, 6
+    found = fxopt.bisect(gm, [Harmless("tanh.default")], lambda g: next(answers), inputs)
+    assert found.flaky and not found.found and "flaky" in found.summary and found.transformation is None
+
+
+def test_what_hides_a_failure_is_said():
+    gm, inputs = captures.mlp()
+    steps = [Harmless("cat.default"), Scale(7, 2.0), Harmless("relu.default"), Unscale(2.0), Harmless("mean.dim")]
+    found = fxopt.bisect(gm, steps, example_inputs=inputs)
+    assert not found.reproduced and not found.found and found.transformation is None
+    assert found.notes == ("not monotonic: with limit='Scale' it fails, and what comes later hides that",)
+    again = fxopt.bisect(gm, steps[:3], example_inputs=inputs, confirm=False)
+    assert again.transformation == steps[1]
+
+
+def test_skipped_probes_leave_suspects():
+    gm, inputs = captures.mlp()
+
+    def check(graph):
+        anew = sum(n.name.startswith("tanh_default") for n in calls(graph, "tanh.default"))
+        return None if 3 < anew < 7 else anew <= 3
+
+    found = fxopt.bisect(gm, [Harmless("cat.default"), Harmless("tanh.default")], check, inputs)
+    assert found.rewrite is None and found.transformation == Harmless("tanh.default") and not found.found
+    assert [r.id for r in found.suspects] == [r.id for r in _rewrites(gm, "tanh.default")[3:7]]
+    assert found.last_good == "Harmless#2:1-3" and found.first_bad == "Harmless#2:1-7"
+    assert "could not be told apart" in found.summary
+
+
+def _rewrites(gm, target):
+    twin = share(gm)
+    Harmless("cat.default")(twin)
+    Harmless(target)(twin)
+    return fxopt.history(twin)[-1].rewrites
+
+
+def test_a_check_of_ones_own_may_raise_or_not_know():
+    gm, _ = captures.mlp()
+
+    def check(graph):
+        names = [n.name for n in calls(graph, "cat.default")]
+        if any(name.startswith("cat_default_4") for name in names):
+            raise ValueError("oops")
+        return None if any(name.startswith("cat_default_2") for name in names) else True
+
+    found = fxopt.bisect(gm, [Harmless("cat.default")], check)
+    assert found.failure.kind == "raised ValueError" and not found.found
+    assert [p.verdict for p in found.probes].count("skip") == len(found.suspects) - 1 == 2
+
+    def by_name(graph):
+        return not any(n.name == "cat_default_4" for n in graph.graph.nodes)
+
+    found = fxopt.bisect(gm, [Harmless("cat.default")], by_name)
+    assert found.rewrite.created == ("cat_default_4",) and not found.found
+    assert found.notes == ("no reproducer: without example_inputs there is nothing to run before and after on",)
+    found = fxopt.bisect(gm, [Harmless("cat.default")], by_name, captures.mlp()[1])
+    assert "the check is your own, and before and after compute the same" in found.notes[0]
+
+
+def test_the_original_has_to_pass():
+    gm, inputs = captures.mlp()
+    with pytest.raises(UsageError, match="the original fails the check itself: the check says no"):
+        fxopt.bisect(gm, [Harmless("tanh.default")], lambda g: False, inputs)
+    with pytest.raises(UsageError, match="the original cannot be judged"):
+        fxopt.bisect(gm, [Harmless("tanh.default")], lambda g: None, inputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ({"check": "output"}, "check is 'output', expected one of outputs, nan, crash, slower"),
+        ({"example_inputs": None}, "give example_inputs"),
+        ({"resume": True}, "give directory"),
+    ),
+)
+def test_wrong_arguments(arguments, message):
+    gm, inputs = captures.mlp()
+    with pytest.raises(UsageError, match=message):
+        fxopt.bisect(gm, [Harmless("tanh.default")], **{"example_inputs": inputs, **arguments})
+
+
+def test_a_model_needs_inputs():
+    with pytest.raises(UsageError, match="bisect needs example_inputs to capture a model"):
+        fxopt.bisect(torch.nn.Linear(2, 2), [FuseLinearReLU()], lambda g: True)
+    with pytest.raises(UsageError, match="expected a module"):
+        fxopt.bisect(print, [FuseLinearReLU()])
+
+
+def test_it_goes_on_from_its_journal(tmp_path):
+    gm, inputs = captures.mlp()
+    steps = [Harmless("cat.default"), Scale(7, 1.1)]
+    asked = []
+
+    def check(graph):
+        asked.append(graph)
+        return verify(gm, graph, inputs).ok
+
+    whole = fxopt.bisect(gm, steps, check, inputs, directory=tmp_path, confirm=False)
+    count = len(asked)
+    lines = (tmp_path / JOURNAL).read_text().splitlines()
+    assert len(lines) == count + 1 and json.loads(lines[0])["pipeline"] == [s.signature for s in steps]
+    (tmp_path / JOURNAL).write_text("\n".join(lines[:4]) + "\n")
+    again = fxopt.bisect(gm, steps, check, inputs, directory=tmp_path, resume=True, confirm=False)
+    assert len(asked) == 2 * count - 3
+    assert again.rewrite.id == whole.rewrite.id and [p.resumed for p in again.probes] == [True] * 3 + [False] * (
+        count - 3
+    )
+    with pytest.raises(UsageError, match="is of another bisection"):
+        fxopt.bisect(gm, steps[1:], check, inputs, directory=tmp_path, resume=True)
+    assert {p.name for p in tmp_path.iterdir()} == {JOURNAL}
+
+
+def test_the_result_is_shown_and_read(tmp_path):
+    gm, inputs = captures.mlp()
+    told = []
+    found = fxopt.bisect(gm, [Scale(7, 1.1), Harmless("cat.default")], example_inputs=inputs, say=told.append)
+    assert found.found and found.summary.startswith("found: Scale(at=7, by=1.1)@")
+    assert told[0].startswith("probe 1: the original: good") and told[1].startswith("probe 2: all: bad, output[")
+    text = repr(found)
+    assert "last good: limit='Scale:1-7'" in text and "first bad: limit='Scale:1-8'" in text
+    html = found._repr_html_()
+    assert html.startswith("<pre") and "Scale(at=7, by=1.1)" in html
+    plain = json.loads(json.dumps(found.to_json()))
+    assert plain["found"] and plain["rewrite"]["id"] == found.rewrite.id and plain["repro"]["confirmed"]
+
+    folder = found.repro.save(tmp_path / "repro")
+    assert not list(folder.glob("*.pt")) and not list(folder.glob("*.pkl"))
+    assert {p.suffix for p in folder.iterdir()} == {".py", ".json", ".safetensors"}
+    assert json.loads((folder / "repro.json").read_text())["rewrite"]["id"] == found.rewrite.id
+    done = run(folder)
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "the failure shows again"
+    (folder / "after.json").write_text((folder / "before.json").read_text())  # mended
+    (folder / "after.safetensors").write_bytes((folder / "before.safetensors").read_bytes())
+    assert run(folder).returncode == 0
+    (folder / "inputs.json").unlink()
+    assert run(folder).returncode == 2
+
+
+def test_the_limits_lead_to_the_last_good_and_the_first_bad():
+    gm, inputs = captures.mlp()
+    steps = [Harmless("cat.default"), Scale(7, 1.1), Harmless("relu.default")]
+    found = fxopt.bisect(gm, steps, example_inputs=inputs, confirm=False)
+    good, bad = (fxopt.compose(*steps, limit=limit, inplace=False)(gm) for limit in (found.last_good, found.first_bad))
+    assert verify(gm, good, inputs).ok and not verify(gm, bad, inputs).ok
+
+
+def test_a_pass_that_writes_in_place_is_the_culprit():
+    gm, inputs = captures.mlp()
+
+    class Writes(Transformation):
+        def transform(self, graph_module):
+            with torch.no_grad():
+                next(graph_module.parameters()).mul_(2)
+
+    before = next(gm.parameters()).clone()
+    found = fxopt.bisect(gm, [Harmless("cat.default"), Writes()], example_inputs=inputs)
+    assert found.transformation.signature.endswith("Writes()") and found.rewrite is None and not found.found
+    assert "cannot be imported in another process" in found.notes[0] and torch.equal(next(gm.parameters()), before)
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from safetensors.torch import load_file
+import fxopt
+gm = fxopt.load(os.environ["FXOPT_GRAPH"])
+(x,) = load_file(Path(os.environ["FXOPT_GRAPH"]) / "inputs.safetensors").values()
+tanh = [n for n in gm.graph.nodes if "tanh.default" in str(n.target)]
+scaled = [n for n in tanh if any(u.args[1:] == (1.1,) for u in n.users)]
+print("scaled:", len(scaled), tuple(gm(x)[0].shape))
+sys.exit(%s if scaled else 0)
+"""
+
+
+@pytest.mark.parametrize(("code", "verdict"), ((1, "bad"), (125, "skip"), (127, "bad"), (128, None)))
+def test_a_script_has_the_exit_codes_of_git_bisect(tmp_path, code, verdict, monkeypatch):
+    from fxopt.checks import ByScript
+
+    monkeypatch.setenv("PYTHONPATH", str(captures.__file__).rpartition("/tests/")[0])
+    gm, inputs = captures.mlp()
+    (tmp_path / "judge.py").write_text(SCRIPT % code)
+    check = ByScript(f"{sys.executable} {tmp_path / 'judge.py'}", gm, inputs)
+    wrong = share(gm)
+    Scale(2, 1.1)(wrong)
+    if verdict is None:
+        with pytest.raises(FxoptError, match="the script ended with exit code 128: scaled: 1"):
+            check.judge(wrong)
+        return
+    told, note = check.judge(wrong).verdict(None)
+    assert told == verdict and note.startswith(f"exit code {code}: scaled: 1 (6, 16)")
+    if code == 1:
+        assert check.judge(gm).verdict(None)[0] == "good"
+
+
+def test_a_bisection_by_script_is_confirmed_by_it():
+    from fxopt.checks import ByScript
+
+    gm, inputs = captures.mlp()
+    command = "! grep -q 1.1 $FXOPT_GRAPH/graph.json"
+    found = fxopt.bisect(gm, [Harmless("cat.default"), Scale(4, 1.1)], ByScript(command, gm, inputs), inputs)
+    assert found.found and found.transformation == Scale(4, 1.1), found
+    assert "tanh_4" in {*found.rewrite.removed, *found.rewrite.changed}
+
+
+def test_the_reproducer_runs_from_anywhere(tmp_path):
+    gm, inputs = captures.mlp()
+    found = fxopt.bisect(gm, [Plant("wrong axis", 7)], example_inputs=inputs)
+    found.repro.save(tmp_path / "a" / "b")
+    root = str(captures.__file__).rpartition("/tests/")[0]
+    done = subprocess.run(
+        [sys.executable, "b/repro.py"],
+        cwd=tmp_path / "a",
+        env={"PYTHONPATH": root, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
