@@ -157,7 +157,8 @@ class Difference:
         if not self:
             return Group(title)
         table = Table.grid(padding=(0, 1), expand=True)
-        labelled = len({row.by for row in self.rows if row.by} - {(self.title,)}) > 0
+        labels = {name for row in self.rows for name in row.by}
+        labelled = bool(labels) and not (len(labels) == 1 and self.title.startswith(next(iter(labels))))
         table.add_column(width=1, no_wrap=True)
         table.add_column(ratio=5, overflow="fold")
         table.add_column(ratio=5, overflow="fold")
