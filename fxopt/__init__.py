@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 # Several functions bear the name of their module (fxopt.capture is a function, `from fxopt.capture import …` reads the
 # module).  The modules are imported first, so that a later import cannot put one of them in a function's place.
 from fxopt.benchmark import Comparison, benchmark, benchmark_many
-from fxopt.bisect import Bisection, bisect
+from fxopt.bisect import bisect
+from fxopt.bisection import Bisection
 from fxopt.capture import capture, capture_report
 from fxopt.compose import Pipeline, Result, compose, repeat
 from fxopt.difference import Difference, diff
@@ -25,6 +26,7 @@ from fxopt.verify import Verification, verify
 
 if TYPE_CHECKING:
     from fxopt.huggingface import dynamo_backend, optimize
+    from fxopt.jupyter import step_through
     from fxopt.store import load, save
 
 _LAZY = {  # what needs transformers, or the whole catalogue
@@ -32,6 +34,7 @@ _LAZY = {  # what needs transformers, or the whole catalogue
     "dynamo_backend": "fxopt.huggingface",
     "save": "fxopt.store",
     "load": "fxopt.store",
+    "step_through": "fxopt.jupyter",
 }
 
 __all__ = [
@@ -64,6 +67,7 @@ __all__ = [
     "report",
     "save",
     "show",
+    "step_through",
     "verify",
 ]
 

@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 
 from fxopt import catalogue, models
 from fxopt.benchmark import Comparison, benchmark
-from fxopt.bisect import Bisection
 from fxopt.bisect import bisect as bisect_graph
+from fxopt.bisection import Bisection
 from fxopt.checks import ByScript
 from fxopt.compose import Pipeline, Result, compose
 from fxopt.delta import share

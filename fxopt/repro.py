@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 import fxopt
 from fxopt import catalogue, serial
 from fxopt.checks import SLOWER, Against, Check, Failure, Slower, without_history
+from fxopt.delta import graph_of, graphs, share, snapshot
 from fxopt.errors import FxoptError, StoreError, TransformationError
 from fxopt.reduce import Cut, reduce, shortest
 from fxopt.samples import InputSet
@@ -219,6 +220,7 @@ def of_rewrite(
     case = next((c for c in check.cases if c.label == failure.input_set), check.cases[0] if check.cases else None)
     if case is None:
         return "without example_inputs there is nothing to run before and after on"
+    before, after, case = _inside(before, after, case)
     own = not isinstance(check, Against | Slower)
     if own:
         failure = _difference(before, after, case, tolerances) or failure
@@ -245,6 +247,28 @@ def of_rewrite(
         lambda folder: _write_script(folder, title, _INPUTS + script),
     )
     return Repro(title, facts, writers, cut.nodes, cut.whole)
+
+
+def _inside(before: GraphModule, after: GraphModule, case: InputSet) -> tuple[GraphModule, GraphModule, InputSet]:
+    """The inner graph module in which alone the two differ, if there is one, with the inputs of its first call."""
+    a, b = snapshot(before), snapshot(after)
+    records = ((key, a.record(key), b.record(key)) for key in {**a.raw, **b.raw})
+    paths = {graph_of(key) for key, old, new in records if old is None or not old.same(new)}
+    if len(paths) != 1 or "" in paths:
+        return before, after, case
+    path, calls = next(iter(paths)), []
+    twin = share(before)
+    twin.get_submodule(path).register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    with torch.no_grad():
+        case.clone().call(twin)
+    if not calls:
+        return before, after, case
+    args, kwargs = calls[0]
+    inner = InputSet(tuple(args), dict(kwargs), case.label, names=tuple(f"args[{i}]" for i in range(len(args)))).clone()
+    old, new = (graphs(gm)[path] for gm in (before, after))
+    return old, new, inner
 
 
 def _difference(

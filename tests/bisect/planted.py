@@ -297,7 +297,7 @@ BUGS = {
         bert, op("view.default"), fixed_sizes, at=11, check="crash", kind="raised RuntimeError"
     ),
     "slow only": Bug(bert, op("gelu.default"), much_work, check="slower", kind="slower", size=12),
-    "raises in the pass": Bug(bert, op("gelu.default"), raising, kind="raised IndexError", size=60),
+    "raises in the pass": Bug(bert, op("gelu.default"), raising, kind="raised IndexError", size=70),
     "wrong exponent": Bug(gpt2, op("pow.Tensor_Scalar"), edited(_1=2.0), swap, hint="3.0 → 2.0"),
     "truncated constant": Bug(gpt2, constant("mul.Tensor", 0.044715), other(1, 0.04), hint="0.044715 → 0.04"),
     "factor lost": Bug(gpt2, constant("mul.Tensor", 0.5), other(1, 1.0)),

@@ -377,3 +377,64 @@ def test_the_reproducer_runs_from_anywhere(tmp_path):
         text=True,
     )
     assert done.returncode == 1, done.stderr
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+
+    def forward(self, x):
+        return x + torch.nn.functional.relu(self.fc(self.norm(x)))
+
+
+class Branches(torch.nn.Module):
+    """Cannot be captured whole: its own code stays as the frame around two graphs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Sequential(*(Block() for _ in range(4)))
+        self.b = torch.nn.Sequential(*(Block() for _ in range(4)))
+
+    def forward(self, x):
+        y = self.a(x)
+        return y if y.sum().item() > 1e9 else self.b(y)
+
+
+@dataclass(frozen=True)
+class Abs(Transformation):
+    """relu(x) -> abs(x) for the third relu of every graph: a bug."""
+
+    def transform(self, graph_module):
+        for i, node in enumerate(calls(graph_module, "relu.default")):
+            node.target = torch.abs if i == 2 else torch.relu
+
+
+def test_a_rewrite_of_an_inner_graph_is_named_and_shown():
+    torch.manual_seed(0)
+    inputs = (torch.randn(4, 8),)
+    gm = fxopt.capture(Branches().eval(), inputs)
+    found = fxopt.bisect(gm, [Abs()], example_inputs=inputs)
+    assert found.found, found
+    assert found.rewrite.module_path.endswith("2") and found.repro.size == (1, 1)
+
+
+@dataclass(frozen=True)
+class Norms(Transformation):
+    """Replaces the module of every layer norm, the sixth by one with another epsilon: a bug."""
+
+    def transform(self, graph_module):
+        for i, node in enumerate(n for n in graph_module.graph.nodes if str(n.target).endswith("norm")):
+            old = graph_module.get_submodule(node.target)
+            new = torch.nn.LayerNorm(8, eps=0.1 if i == 5 else 1e-5).eval()
+            new.weight, new.bias = old.weight, old.bias
+            graph_module.add_submodule(f"{node.target}_new", new)
+            node.target = f"{node.target}_new"
+
+
+def test_modules_in_a_traced_graph():
+    torch.manual_seed(0)
+    gm = torch.fx.symbolic_trace(torch.nn.Sequential(*(Block() for _ in range(8))).eval())
+    found = fxopt.bisect(gm, [Norms()], example_inputs=(torch.randn(4, 8),))
+    assert found.found and found.rewrite.module_path == "5.norm", found
+    assert found.hints[0] == "layer_norm eps 1e-05 → 0.1" and found.repro.size == (1, 1)
