@@ -492,6 +492,23 @@ def test_large_graphs_open_fast_and_stay_quick(browser, tmp_path, nodes, seconds
     assert browser.logged() == []
 
 
+def test_two_graphs_side_by_side(browser, tmp_path):
+    before, after = blocks(1), blocks(1)
+    Breaks()(after)
+    fxopt.compose(EliminateDropout())(after)
+    path = fxopt.report(fxopt.diff(before, after), tmp_path / "pair.html", "a pair")
+    (graph,) = data_of(path)["graphs"]
+    assert decoded(graph) == [[line.text for line in listing(gm).lines()] for gm in (before, after)]
+    browser.open(path)
+    browser.one("[data-open]").click()
+    browser.one(".row.removed").click()
+    assert browser.one("#node h2").text == "dropout" and "removed by a pair" in browser.one("#node").text
+    for summary in browser.all(".rewrite > summary"):
+        browser.js("arguments[0].click()", summary)
+    browser.wait("document.querySelectorAll('.drawings svg.graph').length === 2")
+    assert browser.logged() == []
+
+
 def test_a_model_from_the_command_line_form(browser, tmp_path):
     model = frontend.load("bert-base-tiny", "cpu", None)
     inputs = frontend.inputs(model, "bert-base-tiny", max_length=12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxopt.compose import Result
+from fxopt.difference import Difference
 from fxopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,9 +25,9 @@ def report(what: Any, path: str | os.PathLike[str], title: str | None = None) ->
     """
     Write a report of ``what`` to ``path``: one HTML file, to be opened in a browser.
 
-    ``what``: the `Result` of a pipeline, what ``fxopt.optimize`` returned, a graph module with its history, or what
-    ``fxopt optimize`` prints (`fxopt.frontend.Report`).  Raises `UsageError` for anything else, and where ``path``
-    cannot be written.
+    ``what``: the `Result` of a pipeline, what ``fxopt.optimize`` returned, a graph module with its history, what
+    ``fxopt optimize`` prints (`fxopt.frontend.Report`), or the `Difference` of two graphs.  Raises `UsageError` for
+    anything else, and where ``path`` cannot be written.
     """
     from fxopt.report.page import page
 
@@ -51,11 +53,13 @@ def check_writable(target: Path, option: str = "report") -> None:
         )
 
 
-def _subject(what: Any, title: str | None) -> Subject:
+def _subject(what: Any, title: str | None) -> Subject | Difference:
     from fxopt.frontend import Report
     from fxopt.huggingface import Optimized
     from fxopt.report.data import Subject
 
+    if isinstance(what, Difference):
+        return dataclasses.replace(what, title=title or what.title)
     if isinstance(what, Result):
         return Subject(title or "fxopt", {"": (what.gm, what)}, (), what.verification, what.total)
     if isinstance(what, GraphModule):

@@ -46,6 +46,51 @@ def report_data(subject: Subject) -> Json:
     }
 
 
+def difference_data(found: Difference, facts: Sequence[tuple[str, str]] = ()) -> Json:
+    """The same for two graphs side by side: all that differs is one step with one rewrite."""
+    pool = _Pool()
+    sides = [[row.before for row in found.rows if row.before], [row.after for row in found.rows if row.after]]
+    before, after = ({line.key for line in side} for side in sides)
+    changed = {line.key for row in found.changes for line in (row.before, row.after) if line is not None}
+    source = next((line.source for row in found.changes if (line := row.before or row.after) and line.source), "")
+    keys = {"removed": changed & (before - after), "created": changed & (after - before)}
+    keys["changed"] = changed & before & after
+    rewrite = {name: [pool.string(key) for key in sorted(found)] for name, found in keys.items()}
+    step = {
+        **dict.fromkeys(("seconds", "verification", "in_sequence", "alone")),
+        **dict.fromkeys(("equation", "summary", "note"), ""),
+        "label": found.title,
+        "signature": found.title,
+        "nodes": [len(side) for side in sides],
+        "kept": True,
+        "count": 1 if found else 0,
+        "rewrites": [
+            {"id": "", "module": "", "source": source, "active": True, "tensors": [t.path for t in found.tensors]}
+            | rewrite
+        ],
+    }
+    graph = {
+        "name": "",
+        "facts": [],
+        "nodes": [len(side) for side in sides],
+        "rewrites": step["count"],
+        "start": [pool.line(line) for line in sides[0]],
+        "steps": [step | _difference(found, pool)],
+        "curves": [],
+        "total": None,
+        "verification": None,
+        "strings": pool.strings,
+        "lines": pool.lines,
+    }
+    return {
+        "title": found.title,
+        "facts": [list(fact) for fact in facts],
+        "verification": None,
+        "comparison": None,
+        "graphs": [graph],
+    }
+
+
 @dataclass
 class _Pool:
     """Strings and lines, each once, by number."""

@@ -15,12 +15,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import fxopt
-from fxopt.report.data import Subject, report_data
+from fxopt.difference import Difference
+from fxopt.report.data import Subject, difference_data, report_data
 
 
-def page(subject: Subject) -> str:
+def page(subject: Subject | Difference) -> str:
     """The report of ``subject`` as HTML."""
-    found = report_data(subject)
+    found = difference_data(subject) if isinstance(subject, Difference) else report_data(subject)
     folder = files("fxopt.report")
     # what the template shows is escaped; the style and the script are ours
     environment = Environment(loader=FileSystemLoader(str(folder)), autoescape=True, undefined=StrictUndefined)
