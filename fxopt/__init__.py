@@ -14,9 +14,11 @@ from fxopt.bisect import bisect
 from fxopt.bisection import Bisection
 from fxopt.capture import capture, capture_report
 from fxopt.compose import Pipeline, Result, compose, repeat
+from fxopt.difference import Difference, diff
 from fxopt.errors import FxoptError
 from fxopt.history import History, history
 from fxopt.pattern import Miss
+from fxopt.report import report
 from fxopt.shapes import propagate
 from fxopt.text import show
 from fxopt.transformation import ReversibleTransformation, Rewrite, Transformation
@@ -24,6 +26,7 @@ from fxopt.verify import Verification, verify
 
 if TYPE_CHECKING:
     from fxopt.huggingface import dynamo_backend, optimize
+    from fxopt.jupyter import step_through
     from fxopt.store import load, save
 
 _LAZY = {  # what needs transformers, or the whole catalogue
@@ -31,11 +34,13 @@ _LAZY = {  # what needs transformers, or the whole catalogue
     "dynamo_backend": "fxopt.huggingface",
     "save": "fxopt.store",
     "load": "fxopt.store",
+    "step_through": "fxopt.jupyter",
 }
 
 __all__ = [
     "Bisection",
     "Comparison",
+    "Difference",
     "FxoptError",
     "History",
     "Miss",
@@ -52,14 +57,17 @@ __all__ = [
     "capture",
     "capture_report",
     "compose",
+    "diff",
     "dynamo_backend",
     "history",
     "load",
     "optimize",
     "propagate",
     "repeat",
+    "report",
     "save",
     "show",
+    "step_through",
     "verify",
 ]
 

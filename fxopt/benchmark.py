@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import gc
 import html
+import json
 import math
+import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -51,6 +55,7 @@ class Measurement:
     memory: int | None
     device: str
     threads: int
+    starts: tuple[float, ...] = ()  # when each round's sample began, in seconds since the first of all
 
     @property
     def median(self) -> float:
@@ -74,6 +79,10 @@ class Measurement:
             "device": self.device,
             "threads": self.threads,
         }
+
+    def chrome_trace(self, path: str | os.PathLike[str]) -> Path:
+        """Write the rounds as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing; see `Comparisons`."""
+        return Comparisons(self, ()).chrome_trace(path)
 
     def __rich__(self) -> Table:
         table = _table(self._title, ("latency", "95 %", "memory"))
@@ -145,6 +154,10 @@ class Comparison:
             "b": self.b.to_json(),
         }
 
+    def chrome_trace(self, path: str | os.PathLike[str]) -> Path:
+        """Write the rounds as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing; see `Comparisons`."""
+        return Comparisons(self.a, (self,)).chrome_trace(path)
+
     def __rich__(self) -> Table:
         return Comparisons(self.a, (self,)).__rich__()
 
@@ -176,6 +189,41 @@ class Comparisons:
         """All comparisons as plain values, by name."""
         return {comparison.b.name: comparison.to_json() for comparison in self.contenders}
 
+    def chrome_trace(self, path: str | os.PathLike[str]) -> Path:
+        """
+        Write the rounds as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: JSON in the trace event format.
+
+        One track per contender, one span per round's sample (its calls together), and the ratio of each round.
+        UsageError where ``path`` cannot be written.
+        """
+        target = Path(path)
+        if target.is_dir() or not target.resolve().parent.is_dir():
+            raise UsageError(f"a trace cannot be written to {target}: it or its folder is not there; give a file name")
+        with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}-") as folder:
+            aside = Path(folder) / "aside"
+            aside.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": self._events()}), encoding="utf-8")
+            os.replace(aside, target)
+        return target
+
+    def _events(self) -> list[dict[str, Any]]:
+        all_of_them = [self.baseline, *(c.b for c in self.contenders)]
+        if unknown := [one.name for one in all_of_them if len(one.starts) != len(one.latencies)]:
+            raise UsageError(
+                f"when the rounds of {', '.join(unknown)} began is not known: measure with fxopt.benchmark"
+            )
+        found: list[dict[str, Any]] = [_named("process_name", 0, f"fxopt benchmark on {self.baseline.device}")]
+        for track, one in enumerate(all_of_them, start=1):
+            found.append(_named("thread_name", track, one.name))
+            for number, (start, latency) in enumerate(zip(one.starts, one.latencies, strict=True)):
+                span = {"name": one.name, "cat": "round", "ph": "X", "pid": 1, "tid": track, "ts": start * 1e6}
+                said = {"round": number, "calls": one.calls, "seconds a call": latency}
+                found.append(span | {"dur": latency * one.calls * 1e6, "args": said})
+        for comparison in self.contenders:
+            name = f"{comparison.b.name} / {self.baseline.name}"
+            for start, ratio in zip(comparison.b.starts, comparison.ratios, strict=True):
+                found.append({"name": name, "ph": "C", "pid": 1, "ts": start * 1e6, "args": {"ratio": ratio}})
+        return found
+
     def __rich__(self) -> Table:
         table = _table(self._title, _COLUMNS)
         styles = {"faster": "green", "slower": "red", "no difference": None}
@@ -191,6 +239,10 @@ class Comparisons:
     def _title(self) -> str:
         one = self.baseline
         return f"{len(one.latencies)} interleaved rounds on {one.device}, {one.threads} threads"
+
+
+def _named(what: str, track: int, name: str) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": 1, "tid": track, "args": {"name": name}}
 
 
 _COLUMNS = ("", "latency", "ratio", "95 %", "memory", "verdict")
@@ -346,11 +398,14 @@ def _compete(contenders: Mapping[str, Callable[..., Any]], inputs: Any, baseline
     with _surroundings(contenders.values(), sets, options):
         steps = {name: _step(name, function, sets, options.train) for name, function in contenders.items()}
         timer = _CudaTimer(device) if device.type == "cuda" else _Timer(options.clock)
-        samples, calls, stopped = _rounds(steps, baseline, timer, options)
+        samples, starts, calls, stopped = _rounds(steps, baseline, timer, options)
         peaks = {name: _peak(step, device) if options.memory else None for name, step in steps.items()}
         threads = torch.get_num_threads()
     measured = {
-        name: Measurement(name, tuple(samples[name]), calls[name], peaks[name], str(device), threads) for name in steps
+        name: Measurement(
+            name, tuple(samples[name]), calls[name], peaks[name], str(device), threads, tuple(starts[name])
+        )
+        for name in steps
     }
     others = [one for name, one in measured.items() if name != baseline]
     return Comparisons(measured[baseline], tuple(Comparison(measured[baseline], one, stopped) for one in others))
@@ -471,22 +526,25 @@ class _CudaTimer(_Timer):
 
 def _rounds(
     steps: Mapping[str, Callable[[], Any]], baseline: str, timer: _Timer, options: Options
-) -> tuple[dict[str, list[float]], dict[str, int], str]:
-    """Latencies by name, calls a sample by name, and why it stopped."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, int], str]:
+    """Latencies by name, when each was taken, calls a sample by name, and why it stopped."""
     began, order, chance = timer.now(), list(steps), random.Random(options.seed)
     calls = {name: _calls(name, step, timer, options) for name, step in steps.items()}
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    starts: dict[str, list[float]] = {name: [] for name in steps}
+    first = time.perf_counter()
     for done in range(1, options.rounds + 1):
         chance.shuffle(order)
         for name in order:
+            starts[name].append(time.perf_counter() - first)
             samples[name].append(timer.time(steps[name], calls[name]) / calls[name])
             if not samples[name][-1] > 0:
                 raise BenchmarkError(f"{name} took no time by the clock: give a min_time above {options.min_time}")
         if done >= _FEWEST_FOR_PRECISION and _all_precise(samples, baseline, options.precision):
-            return samples, calls, "precise"
+            return samples, starts, calls, "precise"
         if done >= _FEWEST and timer.now() - began >= options.max_time:
-            return samples, calls, "out of time"
-    return samples, calls, "all rounds made"
+            return samples, starts, calls, "out of time"
+    return samples, starts, calls, "all rounds made"
 
 
 def _calls(name: str, step: Callable[[], Any], timer: _Timer, options: Options) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import logging
@@ -21,10 +22,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _PyTreeCodeGen
@@ -33,7 +35,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.errors import CaptureError, UsageError
+from fxopt.guards import picklable
+from fxopt.log import install
 from fxopt.shapes import propagate
+from fxopt.text import to_html
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = [
     "Call",
@@ -104,6 +112,18 @@ class CaptureReport:
         lines = [head, *self.notes, *(f"eager: {part.path or 'the model'}: {part.reason}" for part in self.eager)]
         return "\n  ".join(lines)
 
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("input", "dtype", "sizes", title=Text(str(self)), title_justify="left")
+        for spec in self.inputs:
+            table.add_row(Text(spec.path), spec.dtype, Text(", ".join(map(str, spec.shape))))
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
 
 def capture(model: nn.Module, example_inputs: Inputs, dynamic: bool = True) -> GraphModule:
     """A graph module in eval mode that computes what `model` computes in eval mode.
@@ -160,6 +180,28 @@ def structural_copy(model: nn.Module) -> nn.Module:
 # --------------------------------------------------------------------------------------------- calls and guards
 
 
+@contextlib.contextmanager
+def _buffers_kept(module: Any) -> Iterator[None]:
+    """Put back what the body writes to the module's buffers, or puts in their place."""
+    modules = list(module.modules()) if isinstance(module, nn.Module) else []
+    tables = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
+    contents = [(b, b._version, b.clone()) for _, held in tables for b in held.values() if _writable(b)]
+    try:
+        yield
+    finally:
+        for table, held in tables:
+            table.clear()
+            table.update(held)
+        with torch.no_grad():
+            for buffer, version, content in contents:
+                if buffer._version != version:
+                    buffer.copy_(content)
+
+
+def _writable(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    return buffer is not None and not buffer.is_inference() and not isinstance(buffer, FakeTensor)
+
+
 @dataclass(frozen=True)
 class Call:
     """The inputs of one call by name, in the order in which an exported graph takes them; the first are positional."""
@@ -178,10 +220,13 @@ class Call:
         return Call(self.names, tuple(_fresh(value) for value in self.values), self.positional)
 
     def into(self, module: Callable[..., Any]) -> Any:
-        """What `module` gives for these inputs, without gradients; it gets copies, for caches are written into."""
+        """What `module` gives for these inputs, without gradients; it gets copies, for caches are written into.
+
+        The module's buffers are as before afterwards: whoever counts his calls would count these.
+        """
         values = self.fresh().values
         keywords = dict(zip(self.names[self.positional :], values[self.positional :], strict=True))
-        with torch.no_grad():
+        with torch.no_grad(), _buffers_kept(module):
             return module(*values[: self.positional], **keywords)
 
     def mapped(self, change: Callable[[Tensor], Any]) -> Call:
@@ -210,7 +255,7 @@ class Guard:
         self._kinds = tuple(_kind(leaf) for leaf in leaves)
         self._paths = tuple(_paths(call))
         conditions = getattr(gm, "_guards_fn", None)
-        self._conditions: Callable[..., None] | None = None if conditions is None else conditions.forward
+        self._conditions: Callable[..., None] | None = conditions
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         return self
@@ -262,7 +307,11 @@ def positional_names(module: nn.Module) -> Callable[[int], list[str]]:
     """Names for the first so many positional inputs of `module`, by the signature that its forward has now."""
     parameters = inspect.signature(module.forward).parameters.values()
     plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return lambda count: [plain[i] if i < len(plain) else f"argument_{i}" for i in range(count)]
+    return functools.partial(_first_names, plain)
+
+
+def _first_names(plain: list[str], count: int) -> list[str]:
+    return [plain[i] if i < len(plain) else f"argument_{i}" for i in range(count)]
 
 
 def _split(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -346,7 +395,9 @@ def export(module: nn.Module, call: Call, sizes: Sizes, exact_kernels: bool = Tr
         program = torch.export.export(
             module, (), values, dynamic_shapes=None if sizes == "static" else spec, strict=False
         )
-        return _plain(program.module(), type(module).__name__)
+        with picklable():
+            stateful = program.module()
+        return _plain(stateful, type(module).__name__)
 
 
 @contextlib.contextmanager
@@ -373,6 +424,7 @@ def _plain(stateful: GraphModule, name: str) -> GraphModule:
         if path not in persistent:
             gm.get_submodule(prefix)._non_persistent_buffers_set.add(leaf)
     gm.meta.update(stateful.meta)
+    install(gm)  # torch's own pickling fails on what export makes
     return gm.eval()
 
 

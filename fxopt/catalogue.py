@@ -20,6 +20,7 @@ from fxopt import transformations
 from fxopt.compose import adopt
 from fxopt.errors import StoreError, UsageError
 from fxopt.kernels import pays
+from fxopt.kernels.linear import LARGE_WEIGHT
 from fxopt.transformation import Transformation
 
 
@@ -57,8 +58,8 @@ _DEFAULT: tuple[tuple[str, dict[str, Any]], ...] = (
     ("FuseSwiGLU", {}),
     ("MergeLinears", {}),
     ("FuseConvReLU", {}),
-    ("FuseLinearReLU", {}),
-    ("FuseLinearGELU", {}),
+    ("FuseLinearReLU", {"min_elements": LARGE_WEIGHT}),
+    ("FuseLinearGELU", {"min_elements": LARGE_WEIGHT}),
     ("EliminateDeadNodes", {}),
     ("ReorderNodes", {}),
     ("PackWeights", {}),

@@ -8,7 +8,7 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -67,11 +67,19 @@ def optimize(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the result to this folder.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
+    report_: Annotated[Path | None, typer.Option("--report", help="Write a report to this file, as HTML.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the end-to-end rounds to this file, for Perfetto.")] = None,
 ) -> None:
     """Capture a model, run the passes, each verified and timed, and print the table."""
     from fxopt import frontend
+    from fxopt.report import check_writable
 
     _check_writable(save, json_)
+    for option, path in (("--report", report_), ("--trace", trace)):
+        if path is not None:
+            check_writable(path, option)
+    if trace is not None and not benchmark:
+        raise UsageError("--trace writes what is timed, and --no-benchmark times nothing; leave one of them out")
     with err.status(f"loading {model}"):
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
@@ -90,6 +98,11 @@ def optimize(
     out.print(result)
     if json_ is not None:
         write_aside(json_, json.dumps(result.to_json(), indent=1) + "\n")
+    if trace is not None and result.comparison is not None:
+        result.comparison.chrome_trace(trace)
+    if report_ is not None:
+        result.report(report_)
+        out.print(f"report in {report_}", highlight=False, markup=False)
     if save is not None:
         result.save(save)
         out.print(f"saved to {save}; `fxopt log {save}` shows its history", highlight=False)
@@ -171,6 +184,34 @@ def bisect(
 
 
 @app.command()
+def report(
+    model: Annotated[str, typer.Argument(help="A built-in name (see `fxopt models`), a local folder, or a hub name.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    passes: Annotated[
+        str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`).")
+    ] = "default",
+    num_runs: Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")] = 30,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds run before timing.")] = 3,
+    text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(min=0, help="Relative tolerance of the verification.")] = None,
+    atol: Annotated[float | None, typer.Option(min=0, help="Absolute tolerance of the verification.")] = None,
+    benchmark: Annotated[bool, typer.Option(help="Time every step.")] = True,
+    to: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("report.html"),
+) -> None:
+    """Do what `optimize` does, and write it up as one HTML file."""
+    options: dict[str, Any] = {name: value for name, value in locals().items() if name != "to"}
+    from fxopt.report import check_writable
+
+    check_writable(to, "--out")
+    optimize(**options, report_=to)
+
+
+@app.command()
 def models() -> None:
     """List the built-in models: configurations with random weights, offline."""
     from fxopt.models import describe
@@ -198,9 +239,18 @@ def passes() -> None:
 def log(
     directory: Annotated[Path, typer.Argument(help="A folder that `fxopt optimize --save` wrote.")],
     rewrites: Annotated[bool, typer.Option(help="List every rewrite.")] = False,
+    patch: Annotated[bool, typer.Option("--patch", "-p", help="Show what each commit changed.")] = False,
+    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change, with -p.")] = 1,
 ) -> None:
     """Show the history of a saved result."""
-    from fxopt.store import read_journal, saved_graphs
+    from fxopt.store import read_journal, saved_graphs, saved_patches
+
+    if patch:
+        for name, difference in saved_patches(directory):
+            if name:
+                out.print(name, style="bold", highlight=False, markup=False)
+            out.print(difference.rich(context), highlight=False)
+        return
 
     for name, entries in saved_graphs(read_journal(directory)).items():
         table = Table("#", "transformation", "rewrites", "undone", title=name or None, title_justify="left")
@@ -212,6 +262,25 @@ def log(
             for rewrite in ids if rewrites else ():
                 table.add_row("", f"  {rewrite}", "", "undone" if rewrite in entry["undone"] else "", style="dim")
         out.print(table)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A folder that `fxopt optimize --save` wrote.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")] = 1,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
+) -> None:
+    """Show two saved results side by side: what differs, and which transformation did it."""
+    from fxopt.store import saved_differences
+
+    _check_writable(None, json_)
+    with err.status(f"loading {a} and {b}"):
+        found = saved_differences(a, b)
+    for difference in found.values():
+        out.print(difference.rich(context), highlight=False)
+    if json_ is not None:
+        write_aside(json_, json.dumps({name: d.to_json() for name, d in found.items()}, indent=1) + "\n")
 
 
 @app.command()

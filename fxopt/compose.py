@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich.console import Console, Group
@@ -20,9 +20,11 @@ from fxopt.benchmark import Comparison
 from fxopt.benchmark import benchmark as compare
 from fxopt.delta import graphs, share
 from fxopt.errors import FxoptError, TransformationError, UsageError, VerificationError
-from fxopt.history import Edited, atomic, commits, find, history, to_html, to_text, undo, undo_rewrites
+from fxopt.history import Edited, atomic, commits, find, history, undo, undo_rewrites
 from fxopt.limit import Limit
+from fxopt.log import label
 from fxopt.shapes import propagate
+from fxopt.text import to_html, to_text
 from fxopt.transformation import ReversibleTransformation, Transformation
 from fxopt.verify import Baseline, Verification
 
@@ -61,6 +63,22 @@ class Step:
             "in_sequence": None if self.in_sequence is None else self.in_sequence.to_json(),
             "alone": None if self.alone is None else self.alone.to_json(),
         }
+
+    def __rich__(self) -> Table:
+        table = Table(title=Text(label(self.transformation)), title_justify="left", show_header=False)
+        table.add_row("rewrites", f"{self.rewrites}" if self.kept else f"{self.rewrites}, taken back", style=_red(self))
+        table.add_row("nodes", f"{self.nodes[0]} → {self.nodes[1]}")
+        table.add_row("seconds", f"{self.seconds:.3g}")
+        asked = {"verification": self.verification, "latency": self.in_sequence, "alone": self.alone}
+        for name, found in asked.items():
+            if found is not None:
+                table.add_row(name, Text(found.summary))
+        if self.note:
+            table.add_row("note", Text(self.note))
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 @dataclass(frozen=True)
@@ -105,15 +123,15 @@ class Result:
         for s in self.steps:
             if not s.rewrites and s.kept:
                 continue
-            cells: list[Any] = [_name(s), str(s.rewrites) if s.kept else "undone"]
+            cells: list[Any] = [Text(label(s.transformation)), str(s.rewrites) if s.kept else "undone"]
             cells.append(f"{s.nodes[0]} → {s.nodes[1]}" if s.nodes[0] != s.nodes[1] else str(s.nodes[0]))
             if verified:
                 cells.append(_error(s.verification))
             if timed:
                 cells += [_ratio(s.in_sequence), _ratio(s.alone), _memory(s.in_sequence)]
-            table.add_row(*cells, style=None if s.kept else "red")
+            table.add_row(*cells, style=_red(s))
         parts: list[Any] = [table]
-        parts += [Text(f"{_name(s)}: {s.note}", style="red") for s in self.steps if not s.kept]
+        parts += [Text(f"{label(s.transformation)}: {s.note}", style="red") for s in self.steps if not s.kept]
         if idle := [s for s in self.steps if not s.rewrites and s.kept]:
             parts.append(Text(f"did nothing: {', '.join(map(_idle, idle))}", style="dim"))
         return Group(*parts)
@@ -122,18 +140,13 @@ class Result:
         return to_html(self)
 
 
-def _name(step: Step) -> str:
-    """The transformation with the options that differ from their defaults."""
-    t = step.transformation
-    if not is_dataclass(t):
-        return step.signature.removesuffix("()")
-    said = [f"{f.name}={getattr(t, f.name)!r}" for f in fields(t) if getattr(t, f.name) != f.default]
-    return type(t).__name__ + (f"({', '.join(said)})" if said else "")
+def _red(step: Step) -> str | None:
+    return None if step.kept else "red"
 
 
 def _idle(step: Step) -> str:
     near = step.note.removeprefix("did nothing").removeprefix("; ")
-    return f"{_name(step)} ({near})" if near else _name(step)
+    return f"{label(step.transformation)} ({near})" if near else label(step.transformation)
 
 
 def _error(verification: Verification | None) -> Text:
@@ -236,10 +249,11 @@ class Pipeline(ReversibleTransformation):
     def _undo(self, graph_module: GraphModule, edited: Edited = "refuse") -> GraphModule:
         """Undo right to left, all or nothing."""
         with atomic(graph_module):
-            for t in reversed(self.transformations):
-                if (index := find(graph_module, t.signature)) is not None:
-                    undo(graph_module, index, edited)
-                elif isinstance(t, ReversibleTransformation):
+            mine = _aligned([e.signature for e in history(graph_module)], [t.signature for t in self.transformations])
+            for step, t in reversed(list(enumerate(self.transformations))):
+                if step in mine:
+                    undo(graph_module, mine[step], edited)
+                elif isinstance(t, ReversibleTransformation) and find(graph_module, t.signature) is None:
                     t.reverse(graph_module)
         return graph_module
 
@@ -309,6 +323,25 @@ class Pipeline(ReversibleTransformation):
             done.reverse()
             return Step(t, rewrites, (nodes, nodes), seconds, False, "undone: slower", verification, in_sequence, alone)
         return step
+
+
+def _aligned(commits: Sequence[str], steps: Sequence[str]) -> dict[int, int]:
+    """Which commit each step made: the longest common subsequence, of the latest commits; a step may have left none."""
+    length = [[0] * (len(steps) + 1) for _ in range(len(commits) + 1)]
+    for i, commit in enumerate(commits, 1):
+        for j, step in enumerate(steps, 1):
+            extended = length[i - 1][j - 1] + 1 if commit == step else 0
+            length[i][j] = max(extended, length[i - 1][j], length[i][j - 1])
+    found, i, j = {}, len(commits), len(steps)
+    while i and j:
+        if length[i][j] == length[i][j - 1]:
+            j -= 1
+        elif commits[i - 1] == steps[j - 1]:
+            i, j = i - 1, j - 1
+            found[j] = i
+        else:
+            i -= 1
+    return found
 
 
 def _count(gm: GraphModule) -> int:
@@ -391,7 +424,7 @@ class _Questions:
 
     @contextmanager
     def progress(self, steps: int) -> Iterator[Callable[[str], None]]:
-        if not self.show:
+        if not self.show or self._console.is_jupyter:  # a notebook shows a bar with ipywidgets alone
             with nullcontext():
                 yield lambda _: None
             return

@@ -25,6 +25,7 @@ from fxopt.errors import UsageError
 from fxopt.huggingface import Optimized, default_passes
 from fxopt.huggingface import optimize as optimize_model
 from fxopt.inputs import example_inputs, load_tokenizer
+from fxopt.text import to_html
 from fxopt.verify import Verification, verify
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,6 +57,24 @@ class Report:
         from fxopt.store import save
 
         save(self.model, directory)
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What is said of the model as a whole: what stayed eager, what was left out, and fallbacks, each with why."""
+        found = [("eager from the start", note) for note in self.state.notes]
+        if out := catalogue.left_out(_device(self.model).type) if self.default else ():
+            found.append(("left out, for they bring nothing on this device", ", ".join(out)))
+        found += [("fallback to eager", f"{count} × {reason}") for reason, count in self.state.fallbacks.items()]
+        return found
+
+    def report(self, path: str | Path) -> Path:
+        """Write a report to ``path``, one HTML file; see `fxopt.report`."""
+        from fxopt.report import report
+
+        return report(self, path)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
     def to_json(self) -> dict[str, Any]:
         """Everything that the table shows, as plain values."""

@@ -7,9 +7,10 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+from rich.text import Text
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -19,7 +20,11 @@ from fxopt.errors import Conflict, FxoptError, IrreversibleEdit, TransformationE
 from fxopt.log import Commit, Recordable, commits, foreign, install, kept, put_back, store
 from fxopt.snapshot import Snapshot, graph_of, graphs, node_key, slot_of, snapshot
 from fxopt.split import Part, joined, whole
+from fxopt.text import to_html, to_text
 from fxopt.watch import Watch, own
+
+if TYPE_CHECKING:
+    from fxopt.difference import Difference
 
 __all__ = [
     "Commit",
@@ -30,6 +35,8 @@ __all__ = [
     "find",
     "history",
     "run",
+    "to_html",
+    "to_text",
     "undo",
     "undo_rewrite",
     "undo_rewrites",
@@ -54,9 +61,12 @@ def atomic(gm: GraphModule, now: Snapshot | None = None) -> Iterator[Snapshot]:
 def _restore(gm: GraphModule, before: Snapshot) -> None:
     """Bring ``gm`` back to ``before``, whatever was done to it since."""
     for path, inner in before.modules.items():  # also one that was taken out of it
+        if inner.graph is not (graph := before.graph(path)):
+            inner.graph = graph
+        patch.name_again(graph, before.names)
         if graphs(gm).get(path) is not inner:
             _restore_detached(before, path, inner)
-    patch.apply(gm, diff(before, snapshot(gm)).inverse())
+    patch.apply(gm, diff(before, snapshot(gm)).inverse(), before)
     _recompile(gm)
 
 
@@ -241,15 +251,15 @@ def redo_rewrite(gm: GraphModule, index: int, part: str) -> None:
     _rebase(gm, index, make_again, coming)
 
 
-def checkout(gm: GraphModule, count: int) -> None:
-    """Undo all but the first ``count`` commits; edits made outside of fxopt are kept."""
+def checkout(gm: GraphModule, count: int, edited: Edited = "refuse") -> None:
+    """Undo all but the first ``count`` commits; edits made outside of fxopt are kept.  ``edited``: see `undo`."""
     found = commits(gm)
     with atomic(gm) as now:
         edits = foreign(gm, now)
-        _take_off(gm, found[count:], edits)
+        _take_off(gm, found[count:], edits, edited)
         store(gm, found[:count], snapshot(gm))
         for edit in (*(d for c in found[count:] for d in c.foreign), *edits):
-            _put_on(gm, edit, "an edit outside of fxopt")
+            _put_on(gm, edit, "an edit outside of fxopt", known=now)
         _lint(gm)
     _recompile(gm)
 
@@ -288,14 +298,14 @@ def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...
     _take_off(gm, (), mine)
     store(gm, (*found[:index], *left), after := snapshot(gm))
     for edit in mine:
-        _put_on(gm, edit, f"an edit outside of fxopt, before {commit.signature},")
+        _put_on(gm, edit, f"an edit outside of fxopt, before {commit.signature},", known=now)
     moved = diff(before, snapshot(gm) if mine else after).existence() if later or edits else set()
     for c in later:
         for edit in c.foreign:
-            _put_on(gm, edit, f"an edit outside of fxopt, before {c.signature},", moved)
+            _put_on(gm, edit, f"an edit outside of fxopt, before {c.signature},", moved, now)
         _again(gm, c, moved)
     for edit in edits:
-        _put_on(gm, edit, "an edit outside of fxopt", moved)
+        _put_on(gm, edit, "an edit outside of fxopt", moved, now)
 
 
 def _in_place(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...], before: Snapshot) -> None:
@@ -323,20 +333,22 @@ def _dealt(later: tuple[Commit, ...], over: list[Delta]) -> tuple[tuple[Commit, 
     return tuple(found), tuple(rest)
 
 
-def _take_off(gm: GraphModule, later: Sequence[Commit], edits: Sequence[Delta]) -> None:
+def _take_off(gm: GraphModule, later: Sequence[Commit], edits: Sequence[Delta], edited: Edited = "refuse") -> None:
     """Take back ``edits``, and under them the commits ``later``."""
     for edit in reversed(edits):
         _put_on(gm, edit.inverse(), "the graph module without an edit outside of fxopt")
     for commit in reversed(later):
-        _revert(gm, commit, commit.active(), "refuse")
+        _revert(gm, commit, commit.active(), edited)
         _take_off(gm, (), commit.foreign)
 
 
-def _put_on(gm: GraphModule, delta: Delta, what: str, moved: Set[str] = frozenset()) -> None:
+def _put_on(
+    gm: GraphModule, delta: Delta, what: str, moved: Set[str] = frozenset(), known: Snapshot | None = None
+) -> None:
     problems = [f"{k} is not what it was" for k in sorted(delta.mentions() & moved)]
     if problems := problems or patch.conflicts(gm, delta):
         raise Conflict(f"{what} cannot be made again: {'; '.join(problems[:3])}; take back what builds on it first")
-    patch.apply(gm, delta)
+    patch.apply(gm, delta, known)
 
 
 def _again(gm: GraphModule, commit: Commit, moved: set[str]) -> None:
@@ -489,15 +501,38 @@ class Rewrite:
         if self.active:
             undo_rewrite(self.gm, self.index, self.part.id, edited)
 
+    def diff(self) -> Difference:
+        """What it changed, side by side; empty where it is undone."""
+        whole = Entry(self.gm, self.index, self.commit).diff()
+        return whole.only(self.id, {*self.part.delta.nodes, *self.part.delta.metas}, set(self.part.delta.slots))
+
     def apply(self) -> None:
         """Make this rewrite again after it was undone alone."""
         if not self.active:
             redo_rewrite(self.gm, self.index, self.part.id)
 
     def __repr__(self) -> str:
-        state = "" if self.active else ", undone"
-        counts = f"-{len(self.removed)} +{len(self.created)} ~{len(self.changed)} nodes"
-        return f"<rewrite {self.part.id}: {counts}{state}>"
+        return f"<rewrite {self.part.id}: {self._counts} nodes{'' if self.active else ', undone'}>"
+
+    @property
+    def _counts(self) -> str:
+        return f"-{len(self.removed)} +{len(self.created)} ~{len(self.changed)}"
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("", "nodes", title=Text(self.id + ("" if self.active else " (undone)")), title_justify="left")
+        for name in ("removed", "created", "changed"):
+            if nodes := getattr(self, name):
+                table.add_row(name, ", ".join(nodes))
+        if tensors := self.part.delta.tensors():
+            table.add_row("tensors", ", ".join(tensors))
+        if self.source:
+            table.add_row("source", Text(self.source))
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 @dataclass(frozen=True)
@@ -526,14 +561,36 @@ class Entry:
 
     def reverse(self, edited: Edited = "refuse") -> None:
         """Leave the graph module as if this commit had never been made."""
+        self._check()
+        undo(self.gm, self.index, edited)
+
+    def _check(self) -> None:
         if self.index >= len(commits(self.gm)) or commits(self.gm)[self.index] is not self.commit:
             raise UsageError(f"{self.signature} is not where it was in the history; ask fxopt.history(gm) again")
-        undo(self.gm, self.index, edited)
+
+    def diff(self) -> Difference:
+        """What it changed, side by side; without what was undone of it."""
+        from fxopt.difference import of_commit
+
+        self._check()
+        return of_commit(self.gm, self.index)
 
     def __repr__(self) -> str:
         parts, undone = len(self.commit.parts), len(self.commit.undone)
         did = f"{parts} rewrite{'s' * (parts != 1)}" if parts else "did nothing"
         return f"<commit {self.index}: {self.signature}, {did}{f', {undone} undone' if undone else ''}>"
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("rewrite", "nodes", "source", title=Text(repr(self)[1:-1]), title_justify="left")
+        for rewrite in self.rewrites:
+            said = (rewrite.part.id, rewrite._counts, rewrite.source or "")
+            table.add_row(*map(Text, said), style=None if rewrite.active else "dim strike")
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 class History(Sequence[Entry]):
@@ -591,7 +648,7 @@ class History(Sequence[Entry]):
             undone = f" ({len(entry.commit.undone)} undone)" if entry.commit.undone else ""
             table.add_row(
                 str(entry.index),
-                entry.signature,
+                Text(entry.signature),
                 f"{len(entry.commit.parts)}{undone}",
                 f"-{dead} +{born}",
                 f"-{gone} +{made}",
@@ -600,31 +657,6 @@ class History(Sequence[Entry]):
 
     def _repr_html_(self) -> str:
         return to_html(self)
-
-
-def to_text(renderable: Any) -> str:
-    """What rich would print, without colours."""
-    import io
-
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=120, color_system=None)
-    with console.capture() as captured:
-        console.print(renderable)
-    return captured.get().rstrip()
-
-
-def to_html(renderable: Any) -> str:
-    """What rich would print, as HTML for a notebook."""
-    import io
-
-    from rich.console import Console
-
-    console = Console(record=True, file=io.StringIO(), width=120)
-    console.print(renderable)
-    return console.export_html(
-        inline_styles=True, code_format="<pre style='font-family:monospace;line-height:1.25'>{code}</pre>"
-    )
 
 
 def history(gm: nn.Module) -> History:

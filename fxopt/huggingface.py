@@ -8,15 +8,19 @@ code everywhere else; every such fallback is counted by its reason in `model.fxo
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -34,9 +38,13 @@ from fxopt.capture import (
     structural_copy,
 )
 from fxopt.compose import Pipeline, Result, compose
+from fxopt.delta import share
 from fxopt.errors import CaptureError, FxoptError, UsageError, VerificationError
+from fxopt.history import history
 from fxopt.inputs import example_inputs as made_up_inputs
+from fxopt.text import to_html
 from fxopt.transformation import Transformation
+from fxopt.verify import verify
 
 Apply = Callable[[GraphModule], GraphModule]
 _FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
@@ -148,8 +156,7 @@ class Optimized:
 
     def install(self, model: nn.Module) -> None:
         """Put the graphs in the place of `forward`."""
-        held = {id(t) for gm in self.graphs.values() for t in (*gm.parameters(), *gm.buffers())}
-        self.stamp = Stamp(model, held)
+        self.stamp = Stamp(model, list(self.graphs.values()))
         for entry in self.entries:
             entry.module.__dict__["forward"] = entry
         model.__dict__["fxopt"] = self
@@ -171,18 +178,40 @@ class Optimized:
 
     __repr__ = __str__
 
+    def __rich__(self) -> Table:
+        table = Table(
+            "graph", "route", "compute", "nodes", "calls", title="graphs behind the model", title_justify="left"
+        )
+        for entry in self.entries:
+            for graph in entry.graphs:
+                share, nodes = f"{graph.report.share_of_flops:.0%}", str(len(graph.gm.graph.nodes))
+                table.add_row(graph.name, graph.report.route, share, nodes, str(self.calls[graph.name]))
+        for note in self.notes:
+            table.add_row("", Text(f"eager from the start: {note}"), style="yellow")
+        for reason, count in self.fallbacks.most_common():
+            table.add_row("", Text(f"fell back to eager: {reason}"), "", "", str(count), style="yellow")
+        return table
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
 
 class Stamp:
     """What the graphs rely on in the model: its modules, hooks, tensors, and the values of those that they copied."""
 
-    def __init__(self, model: nn.Module, held: set[int]) -> None:
+    def __init__(self, model: nn.Module, graphs: list[GraphModule]) -> None:
         modules = list(model.modules())
         self._modules = modules
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         tensors = [(own, name, t) for m in modules for own in (m._parameters, m._buffers) for name, t in own.items()]
         self._tensors = [(own, name, t) for own, name, t in tensors if t is not None]
-        # a merged or folded weight is a copy: an edit of the original would not reach it
-        self._copied = [(name, t, t._version) for _, name, t in self._tensors if id(t) not in held]
+        held = {id(t) for gm in graphs for t in (*gm.parameters(), *gm.buffers())}
+        # A merged or folded weight is a copy, which an edit of the original would not reach; where any was made, it may
+        # be of a parameter that is also read elsewhere. A buffer that is held is the model's own to write to.
+        made = any(after is not None for gm in graphs for c in history(gm) for _, after in c.delta.tensors().values())
+        named = {id(t): (name, t) for name, t in (*model.named_buffers(), *model.named_parameters())}
+        copied = [(n, t) for key, (n, t) in named.items() if key not in held or (made and isinstance(t, nn.Parameter))]
+        self._copied = [_Copied.of(name, t) for name, t in copied]
         self._hooks = [_hooks(m) for m in modules]
         # conversions leave integer buffers alone
         first = next((t for _, _, t in self._tensors if t.is_floating_point()), None)
@@ -198,12 +227,18 @@ class Stamp:
             return "a parameter or buffer was replaced: optimize again"
         if self._placed is not None and (self._placed[0].dtype, self._placed[0].device) != self._placed[1:]:
             return "the model was moved or converted: optimize again"
-        edited = next((name for name, t, version in self._copied if t._version != version), None)
-        if edited is not None:
+        if (edited := next((c.name for c in self._copied if c.edited()), None)) is not None:
             return f"a parameter {edited!r} was edited in place: optimize again"
         if any(_hooks(m) != before for m, before in zip(self._modules, self._hooks, strict=True)):
             return "hooks were added or removed"
         return None
+
+    def edited_unseen(self) -> str | None:
+        """Why the graphs are out of date where a write through ``.data`` left no trace but in the values, or None."""
+        if _as_kept(self._copied):
+            return None
+        edited = next(c.name for c in self._copied if not _as_kept([c]))
+        return f"a parameter {edited!r} was edited in place: optimize again"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stamp:
         """The stamp of a copied model: copied tensors start with versions of their own."""
@@ -212,9 +247,61 @@ class Stamp:
         for name in ("_modules", "_children", "_tensors", "_placed"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         twin._hooks = list(self._hooks)
-        copied = [(name, copy.deepcopy(t, memo), t._version == version) for name, t, version in self._copied]
-        twin._copied = [(name, t, t._version if same else -1) for name, t, same in copied]
+        twin._copied = [c.of_copy(copy.deepcopy(c.tensor, memo)) for c in self._copied]
         return twin
+
+
+_SAMPLE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """A tensor of the model whose values a graph holds in another form, and how it was then."""
+
+    name: str
+    tensor: Tensor
+    version: int
+    address: int
+    sample: Tensor  # some elements, which share its memory
+    kept: Tensor  # the same, as they were
+
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> _Copied:
+        dense = tensor.is_contiguous() and not tensor.is_inference()
+        flat = tensor.detach().view(-1) if dense else tensor.detach().reshape(-1)[:0]
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)]
+        version = 0 if tensor.is_inference() else tensor._version
+        return _Copied(name, tensor, version, tensor.data_ptr(), sample, sample.clone())
+
+    def edited(self) -> bool:
+        """Whether torch counts a write to it, or it lies in other memory."""
+        now = 0 if self.tensor.is_inference() else self.tensor._version
+        return now != self.version or self.tensor.data_ptr() != self.address
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.name, self.tensor, self.edited(), None if _as_kept([self]) else self.kept)
+
+    def of_copy(self, tensor: Tensor) -> _Copied:
+        """The same of a copy of the tensor; what was edited stays known as edited."""
+        twin = _Copied.of(self.name, tensor)
+        return dataclasses.replace(twin, version=-1) if self.edited() else dataclasses.replace(twin, kept=self.kept)
+
+
+def _unpickled(name: str, tensor: Tensor, edited: bool, kept: Tensor | None) -> _Copied:
+    made = _Copied.of(name, tensor)
+    made = made if kept is None else dataclasses.replace(made, kept=kept)
+    return dataclasses.replace(made, version=-1) if edited else made
+
+
+def _as_kept(copied: Sequence[_Copied]) -> bool:
+    """Whether the samples hold what they held, NaN included: one comparison for all of one dtype and device."""
+    groups: dict[tuple[torch.dtype, torch.device], list[_Copied]] = {}
+    for c in copied:
+        groups.setdefault((c.sample.dtype, c.sample.device), []).append(c)
+    return all(
+        torch.allclose(torch.cat([c.sample for c in g]), torch.cat([c.kept for c in g]), 0, 0, equal_nan=True)
+        for g in groups.values()
+    )
 
 
 def _hooks(module: nn.Module) -> int:
@@ -237,6 +324,14 @@ class Dispatch:
         self._names = positional_names(module)
         self._own = module.__dict__.get("forward")
         self._last = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "__signature__"}  # its annotations may be anybody's
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        own = self._own or types.MethodType(type(self.module).forward, self.module)
+        self.__signature__ = inspect.signature(own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module's own forward returns for these inputs."""
@@ -276,6 +371,9 @@ class Dispatch:
             inputs = _completed(given, graph.guard.names)
             refused = graph.guard.refuses(inputs)
             if refused is None:
+                # a prefill comes before every row of decoding steps, and looks
+                if stamp is not None and graph.name != "decode" and (edited := stamp.edited_unseen()) is not None:
+                    return edited
                 self._last = graph.name
                 return graph, inputs
             reasons[len(set(inputs) ^ set(graph.guard.names))] = f"{graph.name}: {refused}"
@@ -435,13 +533,20 @@ def _graphs(
             continue
         expected = [each.into(module) for each in group]
         guard = Guard(gm, call)  # of the captured graph: a pass may remove its guards
+        original = share(gm)
         gm = _applied(apply, gm, name, call, state)
         for each, before in zip(group, expected, strict=True):
-            if guard.refuses(dict(zip(each.names, each.values, strict=True))) is None:
-                wrong = difference(before, each.into(gm))
-                if wrong is not None:
-                    raise VerificationError(f"{name} of {type(module).__name__}, transformed: {wrong}")
+            taken = guard.refuses(dict(zip(each.names, each.values, strict=True))) is None
+            if taken and difference(before, each.into(gm)) is not None:
+                _judge(original, gm, each, f"{name} of {type(module).__name__}")
         yield Captured(name, gm, guard)
+
+
+def _judge(original: GraphModule, gm: GraphModule, call: Call, name: str) -> None:
+    """Raise VerificationError unless ``gm`` is as near to the truth as ``original``: half precision rounds widely."""
+    found = verify(original, gm, dict(zip(call.names, call.values, strict=True)), n_drawn=0)
+    if not found.ok:
+        raise VerificationError(f"{name}, transformed: {found.summary}")
 
 
 def _applied(apply: Apply, gm: GraphModule, name: str, call: Call, state: Optimized) -> GraphModule:

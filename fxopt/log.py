@@ -37,6 +37,15 @@ class Recordable(Protocol):
     def carry(self, gm: GraphModule, rewrite: Delta) -> Mapping[str, torch.Tensor] | None: ...
 
 
+def label(transformation: Recordable) -> str:
+    """The signature with only the options that differ from their defaults."""
+    if not dataclasses.is_dataclass(transformation):
+        return transformation.signature.removesuffix("()")
+    options = ((f, getattr(transformation, f.name)) for f in dataclasses.fields(transformation))
+    said = [f"{f.name}={value!r}" for f, value in options if value != f.default]
+    return type(transformation).__name__ + (f"({', '.join(said)})" if said else "")
+
+
 @dataclass(frozen=True)
 class Commit:
     """

@@ -88,8 +88,13 @@ def edited(delta: Delta, now: Snapshot) -> list[str]:
 
 
 @uncollected()
-def apply(gm: GraphModule, delta: Delta) -> None:
-    """Bring ``gm`` from the 'before' of ``delta`` to its 'after'; ask `conflicts` first."""
+def apply(gm: GraphModule, delta: Delta, known: Snapshot | None = None) -> None:
+    """
+    Bring ``gm`` from the 'before' of ``delta`` to its 'after'; ask `conflicts` first.
+
+    Nodes that come back are the same objects as in ``known``, as far as they were in the same graph: somebody may hold
+    them.
+    """
     _apply_state(gm, delta)
     by_graph: dict[str, dict[str, tuple[Record | None, Record | None]]] = {}
     metas: dict[str, dict[str, Pair]] = {}
@@ -102,9 +107,9 @@ def apply(gm: GraphModule, delta: Delta) -> None:
     for path, inner in graphs(gm).items():
         graph, local = inner.graph, by_graph.get(path, {})
         if local or path in metas or path in delta.orders or path in users:
-            _apply_nodes(
-                graph, local, metas.get(path, {}), delta.orders.get(path, ((), ()))[1], f"{path}::" * bool(path)
-            )
+            prefix = f"{path}::" if path else ""
+            old = {n: known.raw[prefix + n][0] for n in local if prefix + n in known.raw} if known else {}
+            _apply_nodes(graph, local, metas.get(path, {}), delta.orders.get(path, ((), ()))[1], prefix, old)
             _arrange_users(graph, users.get(path, {}))
         if path in delta.used:
             _apply_used(graph, *delta.used[path])
@@ -120,6 +125,7 @@ def _apply_nodes(
     metas: dict[str, Pair],
     order: tuple[str, ...],
     prefix: str,
+    old: Mapping[str, Node],
 ) -> None:
     nodes = {n.name: n for n in graph.nodes}
     born = {name for name, (before, _) in changes.items() if before is None}
@@ -128,7 +134,7 @@ def _apply_nodes(
     counts = dict(graph._graph_namespace._base_count)
     for name, (before, after) in changes.items():
         if before is None and after is not None:
-            nodes[name] = _create(graph, name, after)
+            nodes[name] = _create(graph, name, after, old.get(name))
     graph._graph_namespace._base_count = counts
     for name, (before, after) in changes.items():
         if after is None:
@@ -158,14 +164,38 @@ def _apply_nodes(
         _arrange(graph, [k[len(prefix) :] for k in order], born)
 
 
-def _create(graph: Graph, name: str, record: Record) -> Node:
-    with graph.inserting_before(graph._root):  # at the end
-        node = graph.create_node(record.op, record.target, (), {})
+def _create(graph: Graph, name: str, record: Record, old: Node | None) -> Node:
+    """A node at the end of ``graph``, still without arguments: ``old`` itself, if it was erased there."""
     space = graph._graph_namespace
-    space._used_names.discard(node.name)
+    if old is not None and old._erased and old.graph is graph:
+        node = _revived(graph, old, record)
+    else:
+        with graph.inserting_before(graph._root):
+            node = graph.create_node(record.op, record.target, (), {})
+        space._used_names.discard(node.name)
     node.name = name
     space._used_names.add(name)
     space._obj_to_name[node] = name
+    return node
+
+
+def name_again(graph: Graph, names: Mapping[Node, str]) -> None:
+    """Give the nodes that were renamed their names of before."""
+    for node in graph.nodes:
+        name = names.get(node, node.name)
+        if node.name != name:
+            graph._graph_namespace._obj_to_name[node] = node.name = name
+
+
+def _revived(graph: Graph, node: Node, record: Record) -> Node:
+    """``node``, which was erased, at the end of ``graph`` again: the converse of `Graph.erase_node`."""
+    node.op, node.target, node.args, node.kwargs = record.op, record.target, (), {}
+    node.meta.clear()
+    node._prev = node._next = node  # where it was is history
+    graph._root.prepend(node)
+    graph._find_nodes_lookup_table.insert(node)
+    graph._len += 1
+    node._erased = False
     return node
 
 

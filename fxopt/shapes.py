@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
@@ -18,7 +25,9 @@ def propagate(gm: GraphModule, example_inputs: tuple[Any, ...] | Mapping[str, An
     """
     Give every node of ``gm`` that has none its value as a fake tensor: shape, dtype and device of these inputs.
 
-    ``example_inputs``: a tuple is positional, a mapping is keywords.  Nothing is computed.  Returns ``gm``.
+    ``example_inputs``: a tuple is positional, a mapping is keywords.  Nothing is computed.  Returns ``gm``.  What comes
+    after a node whose value or shape decides what is done next (a part of the model that was left eager, say) is not
+    known from shapes alone, and stays unknown.
     """
     if all("val" in n.meta for n in gm.graph.nodes if n.op not in ("output", "get_attr") and n.users):
         return gm
@@ -33,9 +42,12 @@ def propagate(gm: GraphModule, example_inputs: tuple[Any, ...] | Mapping[str, An
     def fake(t: torch.Tensor) -> torch.Tensor:
         return t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True)
 
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), contextlib.suppress(*_DATA_DEPENDENT):
         _Recorder(gm, mode).run(*tree_map_only(torch.Tensor, fake, given), enable_io_processing=False)
     return gm
+
+
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 def _vals(gm: GraphModule) -> list[Any]:

@@ -25,7 +25,7 @@ from torch import nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import _get_qualified_name
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
@@ -189,6 +189,11 @@ class Snapshot:
 
     def name(self, node: Node) -> str:
         return self.names.get(node, node.name)
+
+    def graph(self, path: str) -> Graph:
+        """The graph of the graph module at ``path``, as an object."""
+        node: Node = self.raw[self.orders[path][0]][0]
+        return node.graph
 
     def users_by_name(self) -> dict[str, tuple[str, ...]]:
         """The users of each node, in order."""

@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 import fxopt
 from fxopt import catalogue, serial
 from fxopt.delta import graphs, share
+from fxopt.difference import Difference, diff, of_commits
 from fxopt.errors import StoreError, UsageError
 from fxopt.history import commits, history, undo_rewrite
 from fxopt.huggingface import Optimized, optimize
@@ -152,7 +153,7 @@ def undo_saved(directory: Path, what: str, rewrite: str | None = None, graph: st
     Returns a line for each graph that changed.  Raises `UsageError` if nothing of it is in the history.
     """
     model = load(directory)
-    named = {"": model} if isinstance(model, GraphModule) else model.__dict__["fxopt"].graphs
+    named = graphs_of(model)
     if graph is not None and graph not in named:
         raise UsageError(f"there is no graph {graph!r}; the graphs are {', '.join(map(repr, named))}")
     lines = []
@@ -175,6 +176,33 @@ def undo_saved(directory: Path, what: str, rewrite: str | None = None, graph: st
         raise UsageError(f"{what} is not in the history, which holds {', '.join(known) or 'nothing'}")
     save(model, directory)
     return lines
+
+
+def graphs_of(model: nn.Module) -> dict[str, GraphModule]:
+    """The graph modules of what `load` gives, by name; "" for a single one."""
+    return {"": model} if isinstance(model, GraphModule) else dict(model.__dict__["fxopt"].graphs)
+
+
+def saved_patches(directory: Path) -> Iterator[tuple[str, Difference]]:
+    """What each commit of a saved result changed, with the name of its graph; those that did nothing are left out."""
+    for name, gm in graphs_of(load(directory)).items():
+        for commit, difference in zip(commits(gm), of_commits(gm), strict=True):
+            if commit.delta:
+                yield name, difference
+
+
+def saved_differences(a: Path, b: Path) -> dict[str, Difference]:
+    """
+    How the graphs of two saved results differ, by name.
+
+    Raises `UsageError` where they have no graph in common.
+    """
+    left, right = graphs_of(load(a)), graphs_of(load(b))
+    common = [name for name in left if name in right]
+    if not common:
+        named = " and ".join(", ".join(map(repr, found)) for found in (left, right))
+        raise UsageError(f"{a} and {b} have no graph in common: {named}; give two results of one model")
+    return {n: diff(left[n], right[n], f"{a} → {b}" + (f": {n}" if len(common) > 1 else "")) for n in common}
 
 
 def _index(gm: GraphModule, what: str) -> int | None:

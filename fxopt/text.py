@@ -1,7 +1,8 @@
-"""Graphs as text, in the vocabulary: the same program reads the same in every dialect."""
+"""Graphs as text, in the vocabulary: the same program reads the same in every dialect; and what rich shows, as text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -29,12 +30,26 @@ def show(gm: GraphModule) -> str:
 
 def line(gm: GraphModule, node: Node) -> str:
     """One node as text, its inputs by name."""
-    names = {n: n.name for n in gm.graph.nodes}
+    said = computed(gm, node, lambda n: n.name)
+    return said if node.op == "output" else f"{node.name} = {said}"
+
+
+def computed(gm: GraphModule, node: Node, name: Callable[[Node], str]) -> str:
+    """What one node computes as text, its inputs as ``name`` says."""
+    names = _Named(name)
     if node.op in ("placeholder", "get_attr"):
-        return f"{node.name} = {node.op} {node.target}"
+        return f"{node.op} {node.target}"
     if node.op == "output":
         return f"return {_result(node.args[0], names)}"
-    return f"{node.name} = {_call(gm, node, names)}"
+    return _call(gm, node, names)
+
+
+class _Named(dict[Node, str]):
+    def __init__(self, name: Callable[[Node], str]) -> None:
+        self._name = name
+
+    def __missing__(self, node: Node) -> str:
+        return self._name(node)
 
 
 def _call(gm: GraphModule, node: Node, names: dict[Node, str]) -> str:
@@ -69,3 +84,31 @@ def _say(value: Any, names: dict[Node, str]) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{k}: {_say(v, names)}' for k, v in value.items())}}}"
     return repr(value)
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def to_text(renderable: Any) -> str:
+    """What rich would print, without colours."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=120, color_system=None, force_jupyter=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get().rstrip()
+
+
+def to_html(renderable: Any) -> str:
+    """What rich would print, as HTML for a notebook."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=120, force_jupyter=False)  # else it prints
+    console.print(renderable)
+    return console.export_html(
+        inline_styles=True, code_format="<pre style='font-family:monospace;line-height:1.25'>{code}</pre>"
+    )

@@ -77,6 +77,14 @@ class Difference:
             text += f", {self.own_units:.3g} × the original's own)" if self.own_units is not None else ")"
         return f"{text}, on the {self.input_set}"
 
+    def __rich__(self) -> RenderableType:
+        from rich.text import Text
+
+        return Text(str(self), style="" if self.ok else "red")
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self))}</p>"
+
     def to_json(self) -> dict[str, Any]:
         """The difference as plain values; numbers that JSON lacks (NaN, Inf) as text."""
         return {
@@ -325,21 +333,26 @@ class Baseline:
         rtol = self.rtol if rtol is None else rtol
         atol = self.atol if atol is None else atol
         found: dict[str, Difference] = {}
+        refused: list[str] = []
         for case in self.cases:
-            for difference in self._differences(case, after, rtol, atol):
+            for difference in self._differences(case, after, rtol, atol, refused):
                 known = found.get(difference.name)
                 if known is None or _rank(difference) > _rank(known):
                     found[difference.name] = difference
-        drawn = sum(case.inputs.origin == "drawn" for case in self.cases)
-        given = len(self.cases) - drawn
-        return Verification(tuple(found.values()), self.method, given, drawn, tuple(self._discarded), rtol, atol)
+        given = sum(case.inputs.origin != "drawn" for case in self.cases)
+        drawn = len(self.cases) - given - len(refused)
+        discarded = (*self._discarded, *refused)
+        return Verification(tuple(found.values()), self.method, given, drawn, discarded, rtol, atol)
 
     def _differences(
-        self, case: _Case, after: Callable[..., Any], rtol: float | None, atol: float | None
+        self, case: _Case, after: Callable[..., Any], rtol: float | None, atol: float | None, refused: list[str]
     ) -> Iterator[Difference]:
         label = case.inputs.label
         ran = _attempt(after, case.inputs, case.seed)
         if not isinstance(ran, _Run):
+            if case.inputs.origin == "drawn" and _is_guard(ran):  # a capture of a model says for which sizes it is
+                refused.append(f"{label}: {_line(ran)}")
+                return
             yield Difference("the transformed module", label, f"raised {_line(ran)}", severity=math.inf)
             return
         if wrong := _structure(case.run, ran):
@@ -378,6 +391,11 @@ def _given_case(before: Callable[..., Any], one: InputSet, seed: int) -> _Case:
 def _line(error: Exception) -> str:
     first = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first[0]}"
+
+
+def _is_guard(error: Exception) -> bool:
+    """Whether a graph of ``torch.export`` refused its inputs: their sizes are none that it was captured for."""
+    return isinstance(error, AssertionError) and str(error).startswith("Guard failed")
 
 
 def _coarsest(before: Callable[..., Any]) -> torch.dtype | None:

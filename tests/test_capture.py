@@ -1,6 +1,7 @@
 """Captured graphs compute what the model computes, at other sizes too, share its tensors and leave it alone."""
 
 import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -309,3 +310,36 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+class Even(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.shape[0] % 2 == 0 else x * 3
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda gm: pickle.loads(pickle.dumps(gm))])
+def test_the_conditions_on_sizes_are_in_copies_and_pickles_too(copied):
+    gm = copied(capture(Even(), (torch.randn(4, 3),)))
+    assert torch.equal(gm(torch.ones(6, 3)), torch.full((6, 3), 2.0))
+    with pytest.raises(AssertionError, match=r"Guard failed: x.size\(\)\[0\] % 2 == 0"):
+        gm(torch.ones(5, 3))
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return x * self.calls
+
+
+def test_buffers_that_a_model_writes_to_are_left_as_they_were():
+    model = Counts()
+    before, buffer = fingerprint(model)[0], model.calls
+    gm = capture(model, (torch.randn(2, 3),))
+    assert fingerprint(model)[0] == before and model.calls is buffer and buffer == 0
+    gm(torch.randn(2, 3))
+    assert buffer == 1  # as the model itself does

@@ -219,3 +219,47 @@ def test_a_failed_verification_is_exit_1(fxopt_, monkeypatch):
 def test_the_script_is_installed():
     done = subprocess.run([sys.executable, "-m", "fxopt", "models"], capture_output=True, text=True, check=True)
     assert "bert-base" in done.stdout
+
+
+def test_diff_and_log_show_what_changed(fxopt_, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, passes in ((a, "EliminateDropout"), (b, "EliminateDropout,FuseLinearGELU")):
+        code, _, err = fxopt_(*TINY[:-1], passes, "--no-benchmark", "--save", folder)
+        assert code == 0, err
+    code, out, err = fxopt_("diff", a, b, "--json", tmp_path / "rows.json")
+    assert code == 0 and "linear_gelu(" in out and "FuseLinearGELU" in out and "unchanged" in out, err
+    assert "dropout = dropout(" not in out, "both results are without it"
+    (rows,) = (found["rows"] for found in json.loads((tmp_path / "rows.json").read_text()).values())
+    assert {tuple(r["by"]) for r in rows if r["kind"] != "same"} == {("FuseLinearGELU",)}
+    code, out, err = fxopt_("diff", b, a)
+    assert code == 0 and "without FuseLinearGELU" in " ".join(out.split()), err
+    assert "no difference" in fxopt_("diff", a, a)[1]
+    code, out, err = fxopt_("log", "-p", b, "--context", 0)
+    assert code == 0 and out.index("- dropout = dropout(") < out.index("linear_gelu("), err
+    code, _, err = fxopt_("diff", a, tmp_path / "none")
+    assert code == 2 and "is no folder" in err
+
+
+def test_diff_of_results_that_have_nothing_in_common(fxopt_, tmp_path):
+    fxopt_(*TINY[:-1], "EliminateDropout", "--no-benchmark", "--save", tmp_path / "a")
+    fxopt.save(fxopt.capture(torch.nn.Linear(4, 3), (torch.randn(2, 4),)), tmp_path / "b")
+    code, _, err = fxopt_("diff", tmp_path / "a", tmp_path / "b")
+    assert code == 2 and "have no graph in common: 'forward' and ''" in err
+
+
+def test_report_and_trace(fxopt_, tmp_path):
+    fast = ("mlp-tiny", "--passes", "EliminateDropout", "--num-runs", 6, "--warmup", 1)
+    code, out, err = fxopt_("report", *fast, "--out", tmp_path / "r.html")
+    assert code == 0 and f"report in {tmp_path / 'r.html'}" in "".join(out.splitlines()), err
+    assert "EliminateDropout" in (tmp_path / "r.html").read_text()
+    arguments = ("--report", tmp_path / "o.html", "--trace", tmp_path / "t.json")
+    code, _, err = fxopt_("optimize", *fast, *arguments)
+    assert code == 0 and (tmp_path / "o.html").is_file(), err
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    for wrong in (("--report", tmp_path), ("--trace", tmp_path / "no" / "t.json")):
+        code, _, err = fxopt_("optimize", *fast, *wrong)
+        assert code == 2 and wrong[0] in err and "cannot be written" in err
+    code, _, err = fxopt_("report", *fast, "--out", tmp_path)
+    assert code == 2 and "--out" in err
+    code, _, err = fxopt_("optimize", *fast, "--no-benchmark", "--trace", tmp_path / "t.json")
+    assert code == 2 and "--no-benchmark times nothing" in err

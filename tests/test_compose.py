@@ -13,7 +13,7 @@ from fxopt.history import history
 from fxopt.ops import read
 from fxopt.text import show
 from fxopt.transformation import ReversibleTransformation, Transformation
-from fxopt.transformations import ChangeTrueDivToMulByInverse, EliminateDropout
+from fxopt.transformations import ChangeTrueDivToMulByInverse, EliminateDeadNodes, EliminateDropout
 from tests.rewriting import DIALECTS, nodes, state, trace
 
 X = (torch.randn(2, 8, generator=torch.Generator().manual_seed(0)),)
@@ -81,6 +81,17 @@ def test_a_pipeline_undoes_its_own_commits_only(gm):
     pipeline(gm)
     pipeline.reverse(gm)
     assert show(gm) == text and len(history(gm)) == 1
+
+
+def test_a_step_that_was_taken_back_is_not_looked_for_before_the_pipeline(gm):
+    nothing = EliminateDeadNodes()
+    nothing(gm)
+    text = show(gm)
+    pipeline = compose(DROP, nothing)
+    pipeline(gm)
+    history(gm).undo(-1)  # as on_failure="undo" does
+    pipeline.reverse(gm)
+    assert show(gm) == text and [e.signature for e in history(gm)] == [nothing.signature]
 
 
 def test_nested_pipelines_are_one_row_of_steps():

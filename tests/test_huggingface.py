@@ -1,6 +1,7 @@
 """Optimised models are still themselves: the same class, the same tokens, the same files; fallbacks are counted."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.fx import symbolic_trace
 
 from fxopt import models
 from fxopt.errors import CaptureError, UsageError, VerificationError
+from fxopt.history import history
 from fxopt.huggingface import dynamo_backend, optimize
 from fxopt.inputs import example_inputs
 
@@ -306,3 +308,96 @@ def test_torch_compile_with_the_backend_gives_the_same_numbers_and_gradients(nam
     assert expected.keys() == actual.keys()
     for key, gradient in expected.items():
         assert torch.allclose(gradient, actual[key], rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-6), key
+
+
+def edit_tied(model):
+    model.lm_head.weight.mul_(2)
+
+
+def edit_data(model):
+    model.lm_head.weight.data.mul_(2)
+
+
+def replace_data(model):
+    model.lm_head.weight.data = model.lm_head.weight.data * 2
+
+
+def load_other(model):
+    model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})
+
+
+@pytest.fixture(scope="module")
+def folded():
+    """A GPT-2 whose head was folded into, though the embedding that it is tied to is read as it is."""
+    result = optimize(models.build("gpt2-tiny"), generation=False)
+    folding = [e for e in history(result.fxopt.graphs["forward"]) if e.signature.startswith("FoldLayerNormAffine")]
+    assert folding[0].rewrites
+    return result
+
+
+@pytest.mark.parametrize("edit", [edit_tied, edit_data, replace_data, load_other])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+def test_whatever_way_a_copied_weight_is_edited_the_model_computes_with_the_edit(folded, edit, copied):
+    result, expected, tokens = copied(folded), models.build("gpt2-tiny"), torch.arange(18).view(2, 9)
+    mask = torch.ones_like(tokens)
+    with torch.no_grad():
+        assert torch.allclose(result(tokens, attention_mask=mask).logits, expected(tokens).logits, atol=1e-5)
+        assert sum(result.fxopt.calls.values()) == 1 and not result.fxopt.fallbacks
+        edit(result)
+        edit(expected)
+        assert torch.equal(result(tokens, attention_mask=mask).logits, expected(tokens).logits)
+    assert any("edited in place" in reason for reason in result.fxopt.fallbacks)
+    twin = copied(result)  # what is out of date stays so
+    assert torch.equal(twin(tokens, attention_mask=mask).logits, expected(tokens).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+def test_a_pickled_model_still_generates_on_its_graphs(optimized):
+    model, result = optimized("gpt2-tiny")
+    twin, inputs = pickle.loads(pickle.dumps(result)), prompt(model, 2, 5)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **options), twin.generate(**inputs, **options))
+    assert twin.fxopt.calls["decode"] and not twin.fxopt.fallbacks
+
+
+def test_half_precision_is_judged_by_its_own_rounding():
+    model = models.build("gpt2-tiny").to(torch.bfloat16)
+    assert set(optimize(model).fxopt.graphs) == {"forward", "prefill", "decode"}
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.layer(x) * self.calls
+
+
+def test_a_model_that_writes_to_its_buffers_is_left_as_it_was_and_goes_on_so():
+    model, x = Counts().eval(), torch.randn(2, 4)
+    result = optimize(model, example_inputs=(x,))
+    assert model.calls == 0
+    with torch.no_grad():
+        once, twice = result(x), result(x)
+    assert model.calls == 2 and torch.allclose(once * 2, twice)
+
+
+class Decides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
+
+    def forward(self, x):
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+
+def test_a_model_that_decides_on_its_data_is_optimised_in_parts():
+    model, x = Decides().eval(), torch.rand(2, 4)
+    result = optimize(model, example_inputs=(x,))
+    with torch.no_grad():
+        assert torch.allclose(result(x), model(x)) and torch.allclose(result(-x), model(-x))
+    assert result.fxopt.calls

@@ -7,11 +7,21 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-NOTEBOOKS = ("01_first_passes.ipynb",)
+NOTEBOOKS = ("01_first_passes.ipynb", "02_undo_and_history.ipynb", "04_write_your_own_pass.ipynb")
 
 
 def test_every_notebook_is_listed():
     assert sorted(path.name for path in FOLDER.glob("*.ipynb")) == sorted(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_outputs_that_are_kept_are_clean(name):
+    """A code host shows them: they are there, and hold no warning, error or path of the machine they were made on."""
+    cells = [cell for cell in nbformat.read(FOLDER / name, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert "site-packages" not in str(outputs)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -686,3 +686,17 @@ def test_folded_batch_norm_passes(channels, out, bias, seed):
     wrong = copy.deepcopy(folded)
     wrong.bias.data += 0.01 * (1 + wrong.bias.abs())
     assert not verify(model, wrong, x, seed=seed).ok
+
+
+class EvenBatches(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.shape[0] % 2 == 0 else x * 3
+
+
+def test_sizes_that_a_capture_refuses_are_not_held_against_it():
+    captured = export(EvenBatches(), {"x": X}, (0,))
+    found = verify(EvenBatches(), captured, {"x": X}, n_drawn=6)
+    assert found.ok and any("Guard failed" in d for d in found.discarded), found.discarded
+    assert found.drawn + len(found.discarded) == 6
+    with pytest.raises(VerificationError):  # but the given ones it must take
+        verify(EvenBatches(), captured, {"x": seeded(3, 8)}, n_drawn=0).raise_if_failed()

@@ -29,3 +29,11 @@ def no_tensor(at: Site, *operands: Any) -> str | None:
             name = operand.path if isinstance(operand, ops.Attr) else operand
             return f"whether {name} is a tensor is not known; call fxopt.propagate(gm, inputs)"
     return None
+
+
+def too_small(at: Site, weight: Any, least: int) -> str | None:
+    """Why a weight of fewer than ``least`` elements is left alone; None for a larger one, and for one not known."""
+    tensor = at.value(weight)
+    if tensor is None or tensor.numel() >= least:
+        return None
+    return f"{at.root} multiplies with {tensor.numel()} elements, fewer than min_elements={least}: fusing costs time"

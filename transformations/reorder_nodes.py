@@ -87,6 +87,19 @@ class ReorderNodes(ReversibleTransformation):
         return found
 
 
+def curve(gm: GraphModule) -> tuple[list[tuple[str, int]], str]:
+    """
+    The bytes that the values of ``gm`` have in use while each node runs, in graph order, by node name; see `Peak`.
+
+    Empty, with the reason, where the size of some value is not known.
+    """
+    lifetimes = _Lifetimes(gm)
+    if lifetimes.unknown:
+        return [], f"the size of {lifetimes.unknown[0]} is not known; call fxopt.propagate(gm, inputs)"
+    _, during = lifetimes.problem.trace(range(len(lifetimes.tasks)))
+    return [(task.name, used) for task, used in zip(lifetimes.tasks, during, strict=True)], ""
+
+
 class _Lifetimes:
     """A graph as a problem of scheduling: its operations are the tasks, their storages the blocks."""
 

@@ -53,6 +53,7 @@ def test_a_failure_leaves_everything_as_it_was(dialect, data):
     case, gm = drawn(data, dialect)
     applied(gm, some(data, ANY, 0, 2))
     before, bits, count = portrait(gm), outputs(gm, case.inputs), len(history(gm))
+    held = nodes(gm)
     content = {k: v.clone() for k, v in case.model.state_dict().items()}
     bad = data.draw(edits(FAILURES), label="failure").transformation
     with pytest.raises(TransformationError) as caught:
@@ -65,11 +66,15 @@ def test_a_failure_leaves_everything_as_it_was(dialect, data):
     with pytest.raises(KeyboardInterrupt):
         Interrupted(bad.pick)(gm)
     same(gm, before, bits, case)
-    assert len(history(gm)) == count
+    assert len(history(gm)) == count and all(a is b for a, b in zip(nodes(gm), held, strict=True))
     assert all(torch.equal(v, content[k]) or v.isnan().any() for k, v in case.model.state_dict().items())
     applied(gm, some(data, ANY, 0, 2))  # and work goes on
     while history(gm):
         history(gm).undo(-1)
+
+
+def nodes(gm):
+    return [n for inner in graphs(gm).values() for n in inner.graph.nodes]
 
 
 @law()

@@ -125,11 +125,14 @@ def test_edits_from_outside_are_kept(dialect, data):
         return
     i = data.draw(st.sampled_from(made), label="undo")
     now, text = portrait(gm), shown(gm)
+    held = {n.name: n for n in gm.graph.nodes}
     try:
         undo(gm, made.index(i))
     except (Conflict, TransformationError):
         same(gm, now)
         return
+    mine = [n for n in gm.graph.nodes if n.name.startswith("foreign")]
+    assert all(held[n.name] is n for n in mine), "a node of somebody else's edit is another object now"
     for j, (kind, what) in enumerate(steps):
         if j != i:
             what(other) if kind == "commit" else kind(other, what)

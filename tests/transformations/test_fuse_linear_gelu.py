@@ -116,3 +116,7 @@ def test_a_second_pass_finds_nothing():
 
 def test_bert():
     applies(FuseLinearGELU(), "bert", count=2)  # one in each of the two layers
+
+
+def test_small_weights_are_left_alone_when_asked():
+    unchanged(FuseLinearGELU(min_elements=33), net(), X, "fewer than min_elements=33")

@@ -85,3 +85,8 @@ def test_a_weight_of_another_type_stays():
 
 def test_t5():
     applies(FuseLinearReLU(), "t5", count=4)  # one in each of two encoder and two decoder layers
+
+
+def test_small_weights_are_left_alone_when_asked():
+    unchanged(FuseLinearReLU(min_elements=33), net(), X, "fewer than min_elements=33")
+    rewrites(FuseLinearReLU(min_elements=32), net(), X, AFTER, count=1, **EXACT)
