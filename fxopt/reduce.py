@@ -26,6 +26,7 @@ from fxopt.snapshot import Record
 Pair = tuple[str | None, str | None]  # a value of the graph before, and the one that takes its place after
 Fails = Callable[[GraphModule, GraphModule, tuple[Any, ...]], bool]
 _MOST = 24  # parts that are tried
+GUARDS = "_guards_fn"  # torch.export's check of the input shapes; it computes nothing
 _KEPT = ("nn_module_stack", "stack_trace")
 
 
@@ -66,7 +67,7 @@ def reduce(before: GraphModule, after: GraphModule, case: InputSet, fails: Fails
 
 def shortest(gm: GraphModule, fails: Callable[[GraphModule], bool]) -> GraphModule:
     """The shortest run of operations of ``gm`` for which ``fails`` holds, by halving from either end; else ``gm``."""
-    names = [n.name for n in gm.graph.nodes if n.op.startswith("call_") and n.target != "_guards_fn"]
+    names = [n.name for n in gm.graph.nodes if n.op.startswith("call_") and n.target != GUARDS]
 
     def asked(first: int, last: int) -> Verdict:
         return "bad" if fails(_run_of(gm, names[first:last])) else "good"
@@ -288,7 +289,7 @@ class _Scene:
         made = []
         for trace in (self.old, self.new):
             inner = {n.name for n in trace.gm.graph.nodes if n.op not in ("placeholder", "output")}
-            inner -= {n.name for n in trace.gm.graph.nodes if n.target == "_guards_fn"}
+            inner -= {n.name for n in trace.gm.graph.nodes if n.target == GUARDS}
             made.append(_part(trace.gm, inner, names, _results(trace.gm)))
         return Cut(made[0], made[1], tuple(self.old.values[n] for n in names), tuple(names), whole=True)
 
@@ -299,7 +300,7 @@ def _changed(here: Snapshot, there: Snapshot) -> Iterator[str]:
     for key in here.raw:
         record, other = here.record(key), there.record(key)
         assert record is not None
-        if "::" in key:
+        if "::" in key or record.target == GUARDS:
             continue
         target = str(record.target)
         state = record.op in ("get_attr", "call_module") and any(

@@ -175,7 +175,10 @@ class Repro:
                 self.save(folder)
             except FxoptError as error:
                 return replace(self, confirmed=False, note=str(error))
-            return replace(self, **_outcome(run(folder)))
+            try:
+                return replace(self, **_outcome(run(folder)))
+            except subprocess.TimeoutExpired:
+                return replace(self, confirmed=False, note=f"a fresh process took more than {_TIMEOUT} seconds")
 
 
 def run(directory: str | Path) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ import torch
 
 import fxopt
 from fxopt.bisect import JOURNAL
+from fxopt.checks import ByScript
 from fxopt.delta import share
 from fxopt.errors import FxoptError, UsageError
 from fxopt.repro import run
@@ -330,33 +331,35 @@ gm = fxopt.load(os.environ["FXOPT_GRAPH"])
 tanh = [n for n in gm.graph.nodes if "tanh.default" in str(n.target)]
 scaled = [n for n in tanh if any(u.args[1:] == (1.1,) for u in n.users)]
 print("scaled:", len(scaled), tuple(gm(x)[0].shape))
-sys.exit(%s if scaled else 0)
+sys.exit(1 if scaled else 0)
 """
 
 
-@pytest.mark.parametrize(("code", "verdict"), ((1, "bad"), (125, "skip"), (127, "bad"), (128, None)))
-def test_a_script_has_the_exit_codes_of_git_bisect(tmp_path, code, verdict, monkeypatch):
-    from fxopt.checks import ByScript
+@pytest.mark.parametrize(("code", "verdict"), ((0, "good"), (1, "bad"), (124, "bad"), (125, "skip"), (127, "bad")))
+def test_a_script_has_the_exit_codes_of_git_bisect(code, verdict):
+    gm, inputs = captures.mlp()
+    told, note = ByScript(f"echo so; exit {code}", gm, inputs).judge(gm).verdict(None)
+    assert (told, note) == (verdict, f"exit code {code}: so")
 
+
+@pytest.mark.parametrize(("command", "code"), (("exit 128", 128), ("exit 255", 255), ("kill -9 $$", -9)))
+def test_a_script_can_abort(command, code):
+    gm, inputs = captures.mlp()
+    with pytest.raises(FxoptError, match=f"the script ended with exit code {code}"):
+        ByScript(command, gm, inputs).judge(gm)
+
+
+def test_a_script_loads_the_graph_and_the_inputs(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(captures.__file__).rpartition("/tests/")[0])
     gm, inputs = captures.mlp()
-    (tmp_path / "judge.py").write_text(SCRIPT % code)
-    check = ByScript(f"{sys.executable} {tmp_path / 'judge.py'}", gm, inputs)
+    (tmp_path / "judge.py").write_text(SCRIPT)
     wrong = share(gm)
     Scale(2, 1.1)(wrong)
-    if verdict is None:
-        with pytest.raises(FxoptError, match="the script ended with exit code 128: scaled: 1"):
-            check.judge(wrong)
-        return
-    told, note = check.judge(wrong).verdict(None)
-    assert told == verdict and note.startswith(f"exit code {code}: scaled: 1 (6, 16)")
-    if code == 1:
-        assert check.judge(gm).verdict(None)[0] == "good"
+    told, note = ByScript(f"{sys.executable} {tmp_path / 'judge.py'}", gm, inputs).judge(wrong).verdict(None)
+    assert told == "bad" and note == "exit code 1: scaled: 1 (6, 16)"
 
 
 def test_a_bisection_by_script_is_confirmed_by_it():
-    from fxopt.checks import ByScript
-
     gm, inputs = captures.mlp()
     command = "! grep -q 1.1 $FXOPT_GRAPH/graph.json"
     found = fxopt.bisect(gm, [Harmless("cat.default"), Scale(4, 1.1)], ByScript(command, gm, inputs), inputs)
