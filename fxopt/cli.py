@@ -53,7 +53,9 @@ def optimize(
     num_runs: Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds run before timing.")] = 3,
     text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Sequence length in tokens; by default 128, or the most the model takes.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")

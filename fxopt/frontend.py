@@ -19,10 +19,12 @@ from fxopt.compose import Result, compose
 from fxopt.errors import UsageError
 from fxopt.huggingface import Optimized, default_passes
 from fxopt.huggingface import optimize as optimize_model
-from fxopt.inputs import example_inputs, load_tokenizer
+from fxopt.inputs import example_inputs, fitting_length, load_tokenizer, longest_sequence
 from fxopt.verify import Verification, verify
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_LENGTH = 128  # tokens, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,16 @@ def load(name: str, device: str, dtype: str | None) -> nn.Module:
 
 
 def inputs(
-    model: nn.Module, name: str, text: str | None = None, max_length: int = 128, batch_size: int = 1
+    model: nn.Module, name: str, text: str | None = None, max_length: int | None = None, batch_size: int = 1
 ) -> dict[str, Any]:
-    """Example inputs: ``text`` through the folder's tokenizer where there is one, else made up from the config."""
+    """Example inputs: ``text`` through the folder's tokenizer where there is one, else made up from the config.
+
+    ``max_length`` is in tokens; if None, 128 or as many as the model has positions for.
+    """
+    longest = longest_sequence(model)
+    if max_length is not None and longest is not None and max_length > longest:
+        raise UsageError(f"--max-length {max_length} is more than the {longest} positions of {name}; give at most that")
+    max_length = fitting_length(model, _LENGTH) if max_length is None else max_length
     tokenizer = load_tokenizer(name) if Path(name).is_dir() else None
     if text is not None and tokenizer is None:
         raise UsageError(f"--text was given, but {name} has no tokenizer; leave it out for random tokens")

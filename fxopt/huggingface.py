@@ -38,6 +38,7 @@ from fxopt.compose import Pipeline, Result, compose
 from fxopt.errors import CaptureError, FxoptError, UsageError, VerificationError
 from fxopt.history import history
 from fxopt.inputs import example_inputs as made_up_inputs
+from fxopt.inputs import fitting_length
 from fxopt.transformation import Transformation
 
 Apply = Callable[[GraphModule], GraphModule]
@@ -417,7 +418,7 @@ def _calls(
     model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | None, generation: bool, state: Optimized
 ) -> Iterator[tuple[nn.Module, str, list[Call]]]:
     """The modules to optimise, with the calls of each that graphs are to be made for."""
-    inputs = made_up_inputs(model, batch_size=2, sequence_length=16) if given is None else given
+    inputs = made_up_inputs(model, batch_size=2) if given is None else given
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
     plain = Call.of(model, args, kwargs)
     named = _named(model, dict(zip(plain.names, plain.values, strict=True)))
@@ -457,7 +458,8 @@ def _recorded(model: nn.Module, state: Optimized) -> list[tuple[nn.Module, list[
 
 def _prompt(model: nn.Module) -> dict[str, Any]:
     """A padded batch for `generate`, left-padded as decoders want it."""
-    inputs = made_up_inputs(model, batch_size=3, sequence_length=10)
+    length = max(1, fitting_length(model, 10 + _STEPS) - _STEPS)
+    inputs = made_up_inputs(model, batch_size=3, sequence_length=length)
     inputs.pop("decoder_input_ids", None)
     if not getattr(model.config, "is_encoder_decoder", False) and "attention_mask" in inputs:
         inputs = {name: value.flip(1) if value.dim() == 2 else value for name, value in inputs.items()}

@@ -52,6 +52,11 @@ def test_optimize_prints_saves_and_undoes(fxopt_, tmp_path):
     assert code == 2 and "is not in the history, which holds ChangeTrueDivToMulByInverse()" in err
 
 
+def test_the_default_length_is_one_that_the_model_takes(fxopt_):
+    code, out, err = fxopt_("optimize", "whisper-tiny-tiny", "--passes", "EliminateDropout", "--no-benchmark")
+    assert code == 0 and "same as eager" in out, err
+
+
 def test_every_step_is_timed(fxopt_, tmp_path):
     arguments = ("optimize", "mlp-tiny", "--passes", "EliminateDropout", "--num-runs", 6, "--warmup", 1)
     code, out, err = fxopt_(*arguments, "--json", tmp_path / "table.json")
@@ -84,6 +89,7 @@ def test_models_and_passes_are_listed(fxopt_):
         (("optimize", "./nowhere"), "there is no folder './nowhere'"),
         (("optimize", "mlp-tiny", "--passes", "Fuse"), "no pass is called 'Fuse'"),
         (("optimize", "mlp-tiny", "--dtype", "int3"), "--dtype int3 is not known"),
+        (("optimize", "gpt2-tiny", "--max-length", "65"), "--max-length 65 is more than the 64 positions of gpt2-tiny"),
         (("optimize", "mlp-tiny", "--device", "tpu9"), "--device tpu9 is no device"),
         (("optimize", "mlp-tiny", "--text", "hello"), "mlp-tiny has no tokenizer"),
         (("optimize", "mlp-tiny", "--save", __file__), "is a file, expected a folder"),
