@@ -6,12 +6,13 @@ them again and checks that every one leads to the graph that was saved; so a loa
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import fxopt
 from fxopt import catalogue, serial
 from fxopt.delta import graphs, share
 from fxopt.errors import StoreError, UsageError
-from fxopt.history import commits, history, undo_rewrite
+from fxopt.history import Entry, commits, history, undo_rewrite
 from fxopt.huggingface import Optimized, optimize
 
 JOURNAL, GRAPH, WEIGHTS, INPUTS = "fxopt.json", "graph.json", "model.safetensors", "inputs.safetensors"
@@ -149,37 +150,62 @@ def undo_saved(directory: Path, what: str, rewrite: str | None = None, graph: st
     """
     Undo a transformation of a saved result (its signature, name or number), whole or one rewrite; save again.
 
-    Returns a line for each graph that changed.  Raises `UsageError` if nothing of it is in the history.
+    Of several with that name, the latest that has something to undo.  Returns a line for each graph that changed.
+    Raises `UsageError` if nothing of it is in the history.
     """
     model = load(directory)
     named = {"": model} if isinstance(model, GraphModule) else model.__dict__["fxopt"].graphs
     if graph is not None and graph not in named:
         raise UsageError(f"there is no graph {graph!r}; the graphs are {', '.join(map(repr, named))}")
+    asked = {name: gm for name, gm in named.items() if graph in (None, name)}
     lines = []
-    for name, gm in named.items():
-        index = _index(gm, what)
-        if index is None or (graph is not None and name != graph):
-            continue
-        entry = history(gm)[index]
-        if rewrite is None:
-            entry.reverse()
-            lines.append(f"{name + ': ' if name else ''}undone: {entry.signature}")
-            continue
-        found = [r for r in entry.rewrites if rewrite in (r.part.id, r.id)]
-        for r in found:
-            r.reverse()
-            lines.append(f"{name + ': ' if name else ''}undone: {r.id}")
+    for name, gm in asked.items():
+        done = _undo_commit(gm, what) if rewrite is None else _undo_rewrite(gm, what, rewrite)
+        if done is not None:
+            lines.append(f"{name + ': ' if name else ''}undone: {done}")
     if not lines:
-        known = dict.fromkeys(c.signature for gm in named.values() for c in commits(gm))
-        what = what if rewrite is None else f"{what} with the rewrite {rewrite}"
-        raise UsageError(f"{what} is not in the history, which holds {', '.join(known) or 'nothing'}")
+        raise UsageError(_nothing_to_undo(asked.values(), what, rewrite, directory))
     save(model, directory)
     return lines
 
 
-def _index(gm: GraphModule, what: str) -> int | None:
-    found = [i for i, c in enumerate(commits(gm)) if what in (c.signature, c.signature.partition("(")[0], str(i))]
-    return found[-1] if found else None
+def _undo_commit(gm: GraphModule, what: str) -> str | None:
+    """Undo the commit, and say which it was; None if there is none, or only some that did nothing."""
+    found = [e for e in _entries(gm, what) if what == str(e.index) or e.commit.active()]
+    if not found:
+        return None
+    entry = found[-1]
+    idle = "" if entry.commit.active() else ", which did nothing"
+    entry.reverse()
+    return f"{entry.signature} (number {entry.index}{idle})"
+
+
+def _undo_rewrite(gm: GraphModule, what: str, rewrite: str) -> str | None:
+    found = [r for e in _entries(gm, what) for r in e.rewrites if rewrite in (r.part.id, r.id) and r.active]
+    if not found:
+        return None
+    found[-1].reverse()
+    return found[-1].id
+
+
+def _entries(gm: GraphModule, what: str) -> list[Entry]:
+    return [e for e in history(gm) if what in (e.signature, _bare(e.signature), str(e.index))]
+
+
+def _bare(signature: str) -> str:
+    return signature.partition("(")[0]
+
+
+def _nothing_to_undo(gms: Iterable[GraphModule], what: str, rewrite: str | None, directory: Path) -> str:
+    found = [e for gm in gms for e in _entries(gm, what)]
+    if found and rewrite is not None:
+        return f"{what} has no rewrite {rewrite} to undo; `fxopt log {directory} --rewrites` lists those that it has"
+    if found:
+        return f"{what} is in the history, but it did nothing, or was undone since: there is nothing to undo"
+    known = list(dict.fromkeys(n for gm in gms for c in commits(gm) for n in (c.signature, _bare(c.signature))))
+    close = difflib.get_close_matches(what, known, n=2)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{what} is not in the history; {hint}`fxopt log {directory}` lists what is"
 
 
 # --- the journal ----------------------------------------------------------------------------------------------------

@@ -49,7 +49,23 @@ def test_optimize_prints_saves_and_undoes(fxopt_, tmp_path):
     assert code == 0 and "undone: EliminateDropout()" in out, err
     assert "EliminateDropout" not in fxopt_("log", folder)[1]
     code, _, err = fxopt_("undo", folder, "EliminateDropout")
-    assert code == 2 and "is not in the history, which holds ChangeTrueDivToMulByInverse()" in err
+    assert code == 2 and err.startswith("fxopt: EliminateDropout is not in the history; `fxopt log ")
+    code, _, err = fxopt_("undo", folder, "ChangeTrueDivToMulByInvers")
+    assert code == 2 and "did you mean ChangeTrueDivToMulByInverse or " in err
+    code, _, err = fxopt_("undo", folder, "ChangeTrueDivToMulByInverse")
+    assert code == 2 and "it did nothing" in err
+    code, out, err = fxopt_("undo", folder, "0")
+    assert code == 0 and "(number 0, which did nothing)" in out, err
+
+
+def test_of_two_with_a_name_the_one_that_did_something_is_undone(fxopt_, tmp_path):
+    twice = ("--passes", "EliminateDropout,EliminateNoOps,EliminateDropout", "--no-benchmark")
+    assert fxopt_(*TINY[:4], *twice, "--save", tmp_path)[0] == 0
+    code, out, err = fxopt_("undo", tmp_path, "EliminateDropout")
+    assert code == 0 and "undone: EliminateDropout() (number 0)" in out, err
+    code, _, err = fxopt_("undo", tmp_path, "EliminateDropout()")
+    # made again on the graph without the first, the second has its rewrites
+    assert code == 0, err
 
 
 def test_the_default_length_is_one_that_the_model_takes(fxopt_):
