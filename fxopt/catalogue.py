@@ -177,7 +177,10 @@ def from_json(saved: dict[str, Any]) -> Transformation:
         raise StoreError(f"{saved['class']} is no fxopt transformation; the journal is damaged or from elsewhere")
     options = dict(_tuples(kind, saved["options"]))
     if dataclasses.is_dataclass(kind):
-        made = kind(**options)
+        try:
+            made = kind(**options)
+        except TypeError as error:
+            raise StoreError(f"{saved['class']} does not take the options {', '.join(options)}: {error}") from error
     else:
         made = kind.__new__(kind)
         vars(made).update(options)

@@ -81,6 +81,9 @@ def optimize(
         write_aside(json_, json.dumps(result.to_json(), indent=1) + "\n")
     if save is not None:
         result.save(save)
+        if not result.keeps_class:
+            kind = type(loaded).__name__
+            out.print(f"saved as a graph: fxopt.load gives a graph module, no {kind}", highlight=False)
         out.print(f"saved to {save}; `fxopt log {save}` shows its history", highlight=False)
     if not result.ok:
         raise typer.Exit(1)

@@ -48,6 +48,13 @@ class Report:
         """Whether the result computes what the model computes, and no step had to be taken back."""
         return self.verification.ok and all(s.kept or not s.note for r in self.results.values() for s in r.steps)
 
+    @property
+    def keeps_class(self) -> bool:
+        """Whether a saved result is loaded as a model of the same class; see `fxopt.save`."""
+        from fxopt.store import keeps_class
+
+        return keeps_class(self.model)
+
     def save(self, directory: Path) -> None:
         """Write the result to a folder; see `fxopt.save`."""
         from fxopt.store import save
