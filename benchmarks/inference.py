@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from fxopt import models
 from fxopt.benchmark import benchmark_many
 from fxopt.capture import capture
-from fxopt.catalogue import default, parse
+from fxopt.catalogue import parse
 from fxopt.delta import share
 from fxopt.history import history
 from fxopt.inputs import example_inputs, fitting_length
@@ -170,7 +170,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     for name in options.models:
-        passes = default("cpu") if options.passes == "default" else parse(options.passes)
+        passes = parse(options.passes)
         apart = options.processes > 1
         found = measure_apart(name, options) if apart else measure(name, models.build(name), passes, options)
         Console(width=None if sys.stdout.isatty() else 120).print(table(found, options))

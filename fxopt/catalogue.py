@@ -100,9 +100,10 @@ def _paragraphs(kind: type[Transformation]) -> list[str]:
     return [textwrap.dedent(p) for p in inspect.cleandoc(text).split("\n\n")]
 
 
-def parse(text: str) -> list[Transformation]:
+def parse(text: str, device_type: str = "cpu") -> list[Transformation]:
     """
-    Transformations from their spelling: ``FuseLinearGELU,FoldConstants(limit=1024)``.
+    Transformations from their spelling: ``FuseLinearGELU,FoldConstants(limit=1024)``; ``default`` stands for the
+    default pipeline on that type of device.
 
     Raises `UsageError` that names what is not known, and what is close to it.
     """
@@ -111,7 +112,13 @@ def parse(text: str) -> list[Transformation]:
     except SyntaxError as error:
         raise UsageError(f"{text!r} is no list of passes; write NAME,NAME(option=value),…") from error
     assert isinstance(tree.body, ast.List)
-    return [_one(element) for element in tree.body.elts]
+    return [made for element in tree.body.elts for made in _some(element, device_type)]
+
+
+def _some(element: ast.expr, device_type: str) -> list[Transformation]:
+    if isinstance(element, ast.Name) and element.id == "default":
+        return default(device_type)
+    return [_one(element)]
 
 
 def _one(element: ast.expr) -> Transformation:
@@ -130,8 +137,9 @@ def make(name: str, options: dict[str, Any]) -> Transformation:
     """A pass of the catalogue by its name and options."""
     known = catalogue()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=2) or list(known)[:3]
-        raise UsageError(f"no pass is called {name!r}; did you mean {' or '.join(close)}? `fxopt passes` lists them")
+        close = difflib.get_close_matches(name, known, n=2)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UsageError(f"no pass is called {name!r}; {hint}`fxopt passes` lists them")
     try:
         return known[name](**options)
     except TypeError as error:

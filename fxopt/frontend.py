@@ -107,6 +107,8 @@ def load(name: str, device: str, dtype: str | None) -> nn.Module:
         wanted = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"--device {device} is no device; give cpu or cuda") from error
+    if wanted.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is none on which fxopt runs models; give cpu or cuda")
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device} was asked for, but torch sees no CUDA device; give --device cpu")
     return models.load(name, wanted, None if dtype is None else DTYPES[dtype])
@@ -142,7 +144,8 @@ def optimize(
     show: bool | None = None,
 ) -> Report:
     """Run the passes over every graph of ``model``, each step verified and timed, and compare the result with eager."""
-    steps = default_passes(_device(model)) if passes == "default" else catalogue.parse(passes)
+    device = _device(model)
+    steps = default_passes(device) if passes == "default" else catalogue.parse(passes, device.type)
     pipeline = compose(
         *steps,
         verify=True,

@@ -26,6 +26,7 @@ from fxopt.capture import (
     Call,
     CaptureReport,
     Guard,
+    as_call,
     capture,
     capture_report,
     difference,
@@ -92,7 +93,7 @@ def passes(pipeline: str | Apply | None, device: torch.device) -> Apply:
         return pipeline
     if not isinstance(pipeline, str):
         raise UsageError(f"pipeline is {pipeline!r}: give 'default', NAME,NAME(option=value),…, a function, or None")
-    return compose(*(default_passes(device) if pipeline == "default" else catalogue.parse(pipeline)))
+    return compose(*(default_passes(device) if pipeline == "default" else catalogue.parse(pipeline, device.type)))
 
 
 def default_passes(device: torch.device) -> list[Transformation]:
@@ -120,8 +121,9 @@ class Captured:
 class Optimized:
     """What `model.fxopt` is: the graphs behind a model's forward, and how often they were and were not used.
 
-    `enabled = False` makes the model eager. `calls` counts by graph, `fallbacks` by reason, `notes` says what was
-    left eager from the start and why. `results` holds what the pipeline did to each graph, step by step.
+    `enabled = False` makes the model eager. `calls` counts by graph, `fallbacks` by reason, `cut` the calls that gave
+    no gradients though these were on, `notes` says what was left eager from the start and why. `results` holds what
+    the pipeline did to each graph, step by step.
     """
 
     def __init__(self, generation: bool = True, dynamic: bool = True) -> None:
@@ -130,6 +132,7 @@ class Optimized:
         self.example_inputs: dict[str, Any] = {}  # of `forward`, by name
         self.enabled = True
         self.calls: Counter[str] = Counter()
+        self.cut = 0  # calls of a graph in which eager would have recorded gradients
         self.fallbacks: Counter[str] = Counter()
         self.notes: tuple[str, ...] = ()
         self.results: dict[str, Result] = {}
@@ -168,6 +171,11 @@ class Optimized:
             for graph in entry.graphs
         ]
         lines += [f"eager from the start: {note}" for note in self.notes]
+        if self.cut:
+            lines.append(
+                f"gave no gradients {self.cut} times, though they were on: the graphs are for inference; "
+                "set model.fxopt.enabled = False to train in eval mode, or call under torch.no_grad()"
+            )
         lines += [f"fell back to eager {count} times: {reason}" for reason, count in self.fallbacks.most_common()]
         return "\n".join(lines)
 
@@ -304,6 +312,8 @@ class Dispatch:
             return self.eager(*args, **kwargs)
         graph, inputs = found
         self.state.calls[graph.name] += 1
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+            self.state.cut += 1
         with torch.no_grad():
             return _written_back(graph.gm(**inputs), inputs)
 
@@ -419,7 +429,7 @@ def _calls(
 ) -> Iterator[tuple[nn.Module, str, list[Call]]]:
     """The modules to optimise, with the calls of each that graphs are to be made for."""
     inputs = made_up_inputs(model, batch_size=2) if given is None else given
-    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
+    args, kwargs = as_call(inputs)
     plain = Call.of(model, args, kwargs)
     named = _named(model, dict(zip(plain.names, plain.values, strict=True)))
     state.example_inputs = named

@@ -114,6 +114,8 @@ def test_models_and_passes_are_listed(fxopt_):
         (("optimize", "mlp-tiny", "--dtype", "int3"), "--dtype int3 is not known"),
         (("optimize", "gpt2-tiny", "--max-length", "65"), "--max-length 65 is more than the 64 positions of gpt2-tiny"),
         (("optimize", "mlp-tiny", "--device", "tpu9"), "--device tpu9 is no device"),
+        (("optimize", "mlp-tiny", "--device", "meta"), "--device meta is none on which fxopt runs models"),
+        (("optimize", "mlp-tiny", "--passes", "default,Xyzzy"), "no pass is called 'Xyzzy'; `fxopt passes` lists"),
         (("optimize", "mlp-tiny", "--text", "hello"), "mlp-tiny has no tokenizer"),
         (("optimize", "mlp-tiny", "--save", __file__), "is a file, expected a folder"),
         (("optimize", "mlp-tiny", "--json", "/no/such/folder/x.json"), "cannot be written"),
