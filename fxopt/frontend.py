@@ -89,14 +89,22 @@ class Report:
         verdict = "same as eager" if self.verification.ok else "DIFFERS from eager"
         table.add_row("verification", f"{verdict}; {self.verification.summary}")
         if self.comparison is not None:
-            low, high = self.comparison.interval
-            interval = f"[{low:.3f}, {high:.3f}]" if high != float("inf") else "[too few rounds for an interval]"
-            before, after = self.comparison.a.median, self.comparison.b.median
-            ratio = f"{self.comparison.ratio:.3f} {interval} × eager: {self.comparison.verdict}"
-            table.add_row("latency", f"{ratio} ({before * 1e3:.2f} → {after * 1e3:.2f} ms)")
+            table.add_row("latency", _latency(self.comparison))
         for reason, count in self.state.fallbacks.items():
             table.add_row("fallback to eager", f"{count} × {reason}")
         return table
+
+
+def _latency(comparison: Comparison) -> str:
+    """The ratio with its interval, and two times that it is the ratio of; as much of that as was measured."""
+    low, high = comparison.interval
+    if high == float("inf"):
+        return f"{comparison.conclusion}; give --num-runs more"
+    text = f"{comparison.ratio:.3f} [{low:.3f}, {high:.3f}] × eager: {comparison.conclusion}"
+    if comparison.verdict == "not measurable":
+        return text
+    before, after = comparison.typical
+    return f"{text} ({before * 1e3:.2f} → {after * 1e3:.2f} ms)"
 
 
 def load(name: str, device: str, dtype: str | None) -> nn.Module:

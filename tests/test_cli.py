@@ -80,6 +80,13 @@ def test_every_step_is_timed(fxopt_, tmp_path):
     assert json.loads((tmp_path / "table.json").read_text())["latency"]["ratio"] > 0
 
 
+def test_too_few_rounds_give_no_ratio(fxopt_):
+    arguments = ("optimize", "mlp-tiny", "--passes", "EliminateDropout", "--num-runs", 2, "--warmup", 0)
+    code, out, err = fxopt_(*arguments)
+    assert code == 0 and "not measurable with 2 rounds; give --num-runs more" in out, err
+    assert "no difference" not in out and "→" not in out.partition("end to end")[2]
+
+
 def test_a_saved_folder_is_a_transformers_folder_too(fxopt_, tmp_path):
     from transformers import AutoModel
 
