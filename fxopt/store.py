@@ -235,7 +235,8 @@ def _nothing_to_undo(gms: Iterable[GraphModule], what: str, rewrite: str | None,
         return f"{what} has no rewrite {rewrite} to undo; `fxopt log {directory} --rewrites` lists those that it has"
     if found:
         return f"{what} is in the history, but it did nothing, or was undone since: there is nothing to undo"
-    known = list(dict.fromkeys(n for gm in gms for c in commits(gm) for n in (c.signature, _bare(c.signature))))
+    spelt = str if "(" in what else _bare
+    known = list(dict.fromkeys(spelt(c.signature) for gm in gms for c in commits(gm)))
     close = difflib.get_close_matches(what, known, n=2)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{what} is not in the history; {hint}`fxopt log {directory}` lists what is"
