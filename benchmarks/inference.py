@@ -34,10 +34,10 @@ from torch.utils._pytree import tree_leaves
 from fxopt import models
 from fxopt.benchmark import benchmark_many
 from fxopt.capture import capture
-from fxopt.catalogue import default, parse
+from fxopt.catalogue import parse
 from fxopt.delta import share
 from fxopt.history import history
-from fxopt.inputs import example_inputs
+from fxopt.inputs import example_inputs, fitting_length
 from fxopt.transformation import Transformation
 
 AIMS = {"bert-base": 0.88, "resnet50": 0.70}  # latency over that of eager, at batch 1, length 128, 2 threads
@@ -90,7 +90,7 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 
 def measure(name: str, model: nn.Module, passes: list[Transformation], options: argparse.Namespace) -> list[Row]:
-    inputs = example_inputs(model, options.batch_size, options.length)
+    inputs = example_inputs(model, options.batch_size, fitting_length(model, options.length))
     gm = capture(model, inputs)
     rewrites: dict[str, int | None] = {}
     graphs: dict[str, Any] = {}
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--passes", default="default", help="'default', or NAME,NAME(option=value),…")
     parser.add_argument("--steps", action="store_true", help="time the graph after each pass that rewrites something")
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128, help="tokens, or as many as the model has positions for")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each contender")
     parser.add_argument("--processes", type=int, default=1, help="fresh processes to measure each model in")
@@ -170,7 +170,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     for name in options.models:
-        passes = default("cpu") if options.passes == "default" else parse(options.passes)
+        passes = parse(options.passes)
         apart = options.processes > 1
         found = measure_apart(name, options) if apart else measure(name, models.build(name), passes, options)
         Console(width=None if sys.stdout.isatty() else 120).print(table(found, options))

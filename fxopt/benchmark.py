@@ -37,7 +37,9 @@ _FEWEST = 6  # with fewer rounds there is no interval of 95 %: even the extremes
 _FEWEST_FOR_PRECISION = 10
 _MOST_CALLS = 10_000
 
-Verdict = Literal["faster", "slower", "no difference"]
+_WIDEST = 2.0  # an interval of the ratio that spans 1 and more than this factor says nothing
+
+Verdict = Literal["faster", "slower", "no difference", "not measurable"]
 Clock = Callable[[], float]
 
 
@@ -123,11 +125,30 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether b is faster or slower than a; "no difference" where the interval spans 1."""
+        """Whether b is faster or slower than a; "no difference" where the interval spans 1.
+
+        "not measurable" where it spans 1 and so much more (a factor above 2, or anything with fewer than 6 rounds)
+        that a difference may well be there.
+        """
         low, high = self.interval
         if high < 1:
             return "faster"
-        return "slower" if low > 1 else "no difference"
+        if low > 1:
+            return "slower"
+        return "no difference" if high <= _WIDEST * low else "not measurable"
+
+    @property
+    def conclusion(self) -> str:
+        """The verdict in words: "not measurable" tells with how many rounds."""
+        rounds = len(self.ratios)
+        said = f" with {rounds} round{'s' * (rounds != 1)}" if self.verdict == "not measurable" else ""
+        return self.verdict + said
+
+    @property
+    def typical(self) -> tuple[float, float]:
+        """Seconds of a and of b in the round whose ratio is nearest to `ratio`, which their medians may contradict."""
+        nearest = min(range(len(self.ratios)), key=lambda i: abs(self.ratios[i] - self.ratio))
+        return self.a.latencies[nearest], self.b.latencies[nearest]
 
     @property
     def memory(self) -> tuple[int, int] | None:
@@ -138,7 +159,9 @@ class Comparison:
     def summary(self) -> str:
         """One line: the verdict, the ratio and its interval."""
         low, high = self.interval
-        return f"{self.verdict}: {self.ratio:.3f} × {self.a.name} [{low:.3f}, {high:.3f}]"
+        if not math.isfinite(high):
+            return self.conclusion
+        return f"{self.conclusion}: {self.ratio:.3f} × {self.a.name} [{low:.3f}, {high:.3f}]"
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain values, with all latencies; an infinite bound is None."""
@@ -226,7 +249,7 @@ class Comparisons:
 
     def __rich__(self) -> Table:
         table = _table(self._title, _COLUMNS)
-        styles = {"faster": "green", "slower": "red", "no difference": None}
+        styles = {"faster": "green", "slower": "red", "no difference": None, "not measurable": "dim"}
         table.add_row(*_first_row(self.baseline))
         for comparison in self.contenders:
             table.add_row(*_row(comparison), style=styles[comparison.verdict])
@@ -254,7 +277,8 @@ def _first_row(one: Measurement) -> tuple[str, ...]:
 
 def _row(c: Comparison) -> tuple[str, ...]:
     interval = _interval(c.interval, lambda bound: f"{bound:.3f}")
-    return c.b.name, _seconds(c.b.median), f"{c.ratio:.3f}", interval, _bytes(c.b.memory), c.verdict
+    ratio = f"{c.ratio:.3f}" if math.isfinite(c.interval[1]) else ""
+    return c.b.name, _seconds(c.b.median), ratio, interval, _bytes(c.b.memory), c.conclusion
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -134,7 +134,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic: bool = True) -> G
     output structure. A graph module is returned as it is, with a report. Nodes carry `val`, `nn_module_stack` and
     `stack_trace`. Raises CaptureError if the inputs do not fit, or if no part of the model can be captured.
     """
-    args, kwargs = _split(example_inputs)
+    args, kwargs = as_call(example_inputs)
     if isinstance(model, GraphModule):
         return _given(model, args, kwargs)
     frame = structural_copy(model).eval()
@@ -314,7 +314,8 @@ def _first_names(plain: list[str], count: int) -> list[str]:
     return [plain[i] if i < len(plain) else f"argument_{i}" for i in range(count)]
 
 
-def _split(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs; UsageError if they are neither a tuple nor a dict."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple):

@@ -106,15 +106,17 @@ def _paragraphs(kind: type[Transformation]) -> list[str]:
     return [textwrap.dedent(p) for p in inspect.cleandoc(text).split("\n\n")]
 
 
-def parse(text: str) -> list[Transformation]:
+def parse(text: str, device_type: str = "cpu") -> list[Transformation]:
     """
-    Transformations from their spelling: ``FuseLinearGELU,FoldConstants(limit=1024),mypasses:Mine,dir/x.py:Mine(k=2)``.
+    Transformations from their spelling: ``FuseLinearGELU,FoldConstants(limit=1024),mypasses:Mine,dir/x.py:Mine(k=2)``;
+    ``default`` stands for the default pipeline on that type of device.
 
     A name alone is one of the catalogue.  ``module:name`` and ``path.py:name`` are anybody's: a `Transformation`, one
     of optimum's, or a function that edits a graph module in place.  Raises `UsageError` that names what is not known,
     and what is close to it.
     """
-    return [_one(element, text) for element in _elements(text)]
+    parts = [default(device_type) if e == "default" else [_one(e, text)] for e in _elements(text)]
+    return [made for part in parts for made in part]
 
 
 def _elements(text: str) -> Iterator[str]:
@@ -215,8 +217,9 @@ def make(name: str, options: dict[str, Any]) -> Transformation:
     """A pass of the catalogue by its name and options."""
     known = catalogue()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=2) or list(known)[:3]
-        raise UsageError(f"no pass is called {name!r}; did you mean {' or '.join(close)}? `fxopt passes` lists them")
+        close = difflib.get_close_matches(name, known, n=2)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UsageError(f"no pass is called {name!r}; {hint}`fxopt passes` lists them")
     try:
         return known[name](**options)
     except TypeError as error:
@@ -262,7 +265,10 @@ def from_json(saved: dict[str, Any]) -> Transformation:
         raise StoreError(f"{saved['class']} is no fxopt transformation; the journal is damaged or from elsewhere")
     options = dict(_tuples(kind, saved["options"]))
     if dataclasses.is_dataclass(kind):
-        made = kind(**options)
+        try:
+            made = kind(**options)
+        except TypeError as error:
+            raise StoreError(f"{saved['class']} does not take the options {', '.join(options)}: {error}") from error
     else:
         made = kind.__new__(kind)
         vars(made).update(options)

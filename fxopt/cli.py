@@ -54,7 +54,9 @@ def optimize(
     num_runs: Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds run before timing.")] = 3,
     text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Sequence length in tokens; by default 128, or the most the model takes.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")
@@ -105,6 +107,9 @@ def optimize(
         out.print(f"report in {report_}", highlight=False, markup=False)
     if save is not None:
         result.save(save)
+        if not result.keeps_class:
+            kind = type(loaded).__name__
+            out.print(f"saved as a graph: fxopt.load gives a graph module, no {kind}", highlight=False)
         out.print(f"saved to {save}; `fxopt log {save}` shows its history", highlight=False)
     if not result.ok:
         raise typer.Exit(1)
@@ -134,7 +139,9 @@ def bisect(
     graph: Annotated[str | None, typer.Option(help="Only this graph: forward, prefill, decode, …")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Sequence length in tokens; by default 128, or the most the model takes.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")
@@ -193,7 +200,9 @@ def report(
     num_runs: Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds run before timing.")] = 3,
     text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Sequence length in tokens; by default 128, or the most the model takes.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")

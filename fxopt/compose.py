@@ -161,8 +161,9 @@ def _ratio(comparison: Comparison | None) -> Text:
         return Text("")
     style = {"faster": "green", "slower": "red"}.get(comparison.verdict, "")
     low, high = comparison.interval
-    interval = f"[{low:.2f}, {high:.2f}]" if high != float("inf") else "[too few rounds]"
-    return Text(f"{comparison.ratio:.2f} {interval}", style=style)
+    if high == float("inf"):
+        return Text("too few rounds", style="dim")
+    return Text(f"{comparison.ratio:.2f} [{low:.2f}, {high:.2f}]", style=style)
 
 
 def _memory(comparison: Comparison | None) -> Text:

@@ -24,11 +24,13 @@ from fxopt.delta import share
 from fxopt.errors import UsageError
 from fxopt.huggingface import Optimized, default_passes
 from fxopt.huggingface import optimize as optimize_model
-from fxopt.inputs import example_inputs, load_tokenizer
+from fxopt.inputs import example_inputs, fitting_length, load_tokenizer, longest_sequence
 from fxopt.text import to_html
 from fxopt.verify import Verification, verify
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_LENGTH = 128  # tokens, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class Report:
     def ok(self) -> bool:
         """Whether the result computes what the model computes, and no step had to be taken back."""
         return self.verification.ok and all(s.kept or not s.note for r in self.results.values() for s in r.steps)
+
+    @property
+    def keeps_class(self) -> bool:
+        """Whether a saved result is loaded as a model of the same class; see `fxopt.save`."""
+        from fxopt.store import keeps_class
+
+        return keeps_class(self.model)
 
     def save(self, directory: Path) -> None:
         """Write the result to a folder; see `fxopt.save`."""
@@ -104,14 +113,22 @@ class Report:
         verdict = "same as eager" if self.verification.ok else "DIFFERS from eager"
         table.add_row("verification", f"{verdict}; {self.verification.summary}")
         if self.comparison is not None:
-            low, high = self.comparison.interval
-            interval = f"[{low:.3f}, {high:.3f}]" if high != float("inf") else "[too few rounds for an interval]"
-            before, after = self.comparison.a.median, self.comparison.b.median
-            ratio = f"{self.comparison.ratio:.3f} {interval} × eager: {self.comparison.verdict}"
-            table.add_row("latency", f"{ratio} ({before * 1e3:.2f} → {after * 1e3:.2f} ms)")
+            table.add_row("latency", _latency(self.comparison))
         for reason, count in self.state.fallbacks.items():
             table.add_row("fallback to eager", f"{count} × {reason}")
         return table
+
+
+def _latency(comparison: Comparison) -> str:
+    """The ratio with its interval, and two times that it is the ratio of; as much of that as was measured."""
+    low, high = comparison.interval
+    if high == float("inf"):
+        return f"{comparison.conclusion}; give --num-runs more"
+    text = f"{comparison.ratio:.3f} [{low:.3f}, {high:.3f}] × eager: {comparison.conclusion}"
+    if comparison.verdict == "not measurable":
+        return text
+    before, after = comparison.typical
+    return f"{text} ({before * 1e3:.2f} → {after * 1e3:.2f} ms)"
 
 
 def load(name: str, device: str, dtype: str | None) -> nn.Module:
@@ -122,15 +139,24 @@ def load(name: str, device: str, dtype: str | None) -> nn.Module:
         wanted = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"--device {device} is no device; give cpu or cuda") from error
+    if wanted.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is none on which fxopt runs models; give cpu or cuda")
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device} was asked for, but torch sees no CUDA device; give --device cpu")
     return models.load(name, wanted, None if dtype is None else DTYPES[dtype])
 
 
 def inputs(
-    model: nn.Module, name: str, text: str | None = None, max_length: int = 128, batch_size: int = 1
+    model: nn.Module, name: str, text: str | None = None, max_length: int | None = None, batch_size: int = 1
 ) -> dict[str, Any]:
-    """Example inputs: ``text`` through the folder's tokenizer where there is one, else made up from the config."""
+    """Example inputs: ``text`` through the folder's tokenizer where there is one, else made up from the config.
+
+    ``max_length`` is in tokens; if None, 128 or as many as the model has positions for.
+    """
+    longest = longest_sequence(model)
+    if max_length is not None and longest is not None and max_length > longest:
+        raise UsageError(f"--max-length {max_length} is more than the {longest} positions of {name}; give at most that")
+    max_length = fitting_length(model, _LENGTH) if max_length is None else max_length
     tokenizer = load_tokenizer(name) if Path(name).is_dir() else None
     if text is not None and tokenizer is None:
         raise UsageError(f"--text was given, but {name} has no tokenizer; leave it out for random tokens")
@@ -151,7 +177,8 @@ def optimize(
     limit: str | None = None,
 ) -> Report:
     """Run the passes over every graph of ``model``, each step verified and timed, and compare the result with eager."""
-    steps = default_passes(_device(model)) if passes == "default" else catalogue.parse(passes)
+    device = _device(model)
+    steps = default_passes(device) if passes == "default" else catalogue.parse(passes, device.type)
     pipeline = compose(
         *steps,
         verify=True,
@@ -210,7 +237,7 @@ def bisect(
     With ``out``, the journal is kept there (in a folder of its own for each further graph), and the reproducer in its
     folder ``repro``.
     """
-    steps = default_passes(_device(model)) if passes == "default" else catalogue.parse(passes)
+    steps = default_passes(_device(model)) if passes == "default" else catalogue.parse(passes, _device(model).type)
     tried: list[str] = []
     for generation in (False, True):
         found = graphs(model, given, generation)

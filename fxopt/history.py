@@ -131,9 +131,10 @@ def _transform_all(gm: GraphModule, transformation: Recordable) -> None:
             continue
         result = transformation.transform(inner)
         if result is not None and result is not inner:
+            # a module's repr is a line for each of its modules
+            what = "another graph module" if isinstance(result, GraphModule) else f"a {type(result).__name__}"
             raise TransformationError(
-                f"transform returned {type(result).__name__} {result!r:.60}, expected the graph module it was given; "
-                "edit the graph module in place"
+                f"transform returned {what}, expected the graph module it was given; edit the graph module in place"
             )
 
 

@@ -29,6 +29,7 @@ from fxopt.capture import (
     Call,
     CaptureReport,
     Guard,
+    as_call,
     capture,
     capture_report,
     difference,
@@ -42,6 +43,7 @@ from fxopt.delta import share
 from fxopt.errors import CaptureError, FxoptError, UsageError, VerificationError
 from fxopt.history import history
 from fxopt.inputs import example_inputs as made_up_inputs
+from fxopt.inputs import fitting_length
 from fxopt.text import to_html
 from fxopt.transformation import Transformation
 from fxopt.verify import verify
@@ -97,7 +99,7 @@ def passes(pipeline: str | Apply | None, device: torch.device) -> Apply:
         return pipeline
     if not isinstance(pipeline, str):
         raise UsageError(f"pipeline is {pipeline!r}: give 'default', NAME,NAME(option=value),…, a function, or None")
-    return compose(*(default_passes(device) if pipeline == "default" else catalogue.parse(pipeline)))
+    return compose(*(default_passes(device) if pipeline == "default" else catalogue.parse(pipeline, device.type)))
 
 
 def default_passes(device: torch.device) -> list[Transformation]:
@@ -125,8 +127,9 @@ class Captured:
 class Optimized:
     """What `model.fxopt` is: the graphs behind a model's forward, and how often they were and were not used.
 
-    `enabled = False` makes the model eager. `calls` counts by graph, `fallbacks` by reason, `notes` says what was
-    left eager from the start and why. `results` holds what the pipeline did to each graph, step by step.
+    `enabled = False` makes the model eager. `calls` counts by graph, `fallbacks` by reason, `cut` the calls that gave
+    no gradients though these were on, `notes` says what was left eager from the start and why. `results` holds what
+    the pipeline did to each graph, step by step.
     """
 
     def __init__(self, generation: bool = True, dynamic: bool = True) -> None:
@@ -135,6 +138,7 @@ class Optimized:
         self.example_inputs: dict[str, Any] = {}  # of `forward`, by name
         self.enabled = True
         self.calls: Counter[str] = Counter()
+        self.cut = 0  # calls of a graph in which eager would have recorded gradients
         self.fallbacks: Counter[str] = Counter()
         self.notes: tuple[str, ...] = ()
         self.results: dict[str, Result] = {}
@@ -173,6 +177,11 @@ class Optimized:
             for graph in entry.graphs
         ]
         lines += [f"eager from the start: {note}" for note in self.notes]
+        if self.cut:
+            lines.append(
+                f"gave no gradients {self.cut} times, though they were on: the graphs are for inference; "
+                "set model.fxopt.enabled = False to train in eval mode, or call under torch.no_grad()"
+            )
         lines += [f"fell back to eager {count} times: {reason}" for reason, count in self.fallbacks.most_common()]
         return "\n".join(lines)
 
@@ -343,6 +352,8 @@ class Dispatch:
             return self.eager(*args, **kwargs)
         graph, inputs = found
         self.state.calls[graph.name] += 1
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+            self.state.cut += 1
         with torch.no_grad():
             return _written_back(graph.gm(**inputs), inputs)
 
@@ -457,8 +468,8 @@ def _calls(
     model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | None, generation: bool, state: Optimized
 ) -> Iterator[tuple[nn.Module, str, list[Call]]]:
     """The modules to optimise, with the calls of each that graphs are to be made for."""
-    inputs = made_up_inputs(model, batch_size=2, sequence_length=16) if given is None else given
-    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
+    inputs = made_up_inputs(model, batch_size=2) if given is None else given
+    args, kwargs = as_call(inputs)
     plain = Call.of(model, args, kwargs)
     named = _named(model, dict(zip(plain.names, plain.values, strict=True)))
     state.example_inputs = named
@@ -497,7 +508,8 @@ def _recorded(model: nn.Module, state: Optimized) -> list[tuple[nn.Module, list[
 
 def _prompt(model: nn.Module) -> dict[str, Any]:
     """A padded batch for `generate`, left-padded as decoders want it."""
-    inputs = made_up_inputs(model, batch_size=3, sequence_length=10)
+    length = max(1, fitting_length(model, 10 + _STEPS) - _STEPS)
+    inputs = made_up_inputs(model, batch_size=3, sequence_length=length)
     inputs.pop("decoder_input_ids", None)
     if not getattr(model.config, "is_encoder_decoder", False) and "attention_mask" in inputs:
         inputs = {name: value.flip(1) if value.dim() == 2 else value for name, value in inputs.items()}

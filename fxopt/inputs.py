@@ -25,26 +25,35 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "bbox")
 _DECODER = ("decoder_input_ids",)
 _IMAGE = ("pixel_values",)
 _AUDIO = ("input_features", "input_values")
+_LIMITS = ("max_position_embeddings", "n_positions", "max_target_positions")
+_LENGTH = 16
 
 
 def example_inputs(
     model: nn.Module,
     batch_size: int = 2,
-    sequence_length: int = 16,
+    sequence_length: int | None = None,
     text: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Keyword inputs for `model(**inputs)`, on the model's device.
+    """Keyword inputs for `model(**inputs)`, on the model's device; 16 tokens long by default, or what the model takes.
 
     With a tokenizer (its object, or a folder that holds one), `text` (a few sentences of its own if None) is
     tokenised, repeated or cut to `batch_size` rows, padded, and truncated to `sequence_length`. A module with a method
     `example_inputs(batch_size, sequence_length)` is asked first; a Hugging Face model gets what its config
     says; of any other module the first layer with weights is judged. The same seed gives the same numbers, and the
-    global random state is left as it was. UsageError if the model takes inputs that cannot be made up.
+    global random state is left as it was. UsageError if the model takes inputs that cannot be made up, or has fewer
+    positions than `sequence_length`.
     """
+    sequence_length = fitting_length(model, _LENGTH) if sequence_length is None else sequence_length
     if batch_size < 1 or sequence_length < 1:
         raise UsageError(f"batch_size {batch_size} and sequence_length {sequence_length} must be at least 1")
+    if (longest := longest_sequence(model)) is not None and sequence_length > longest:
+        raise UsageError(
+            f"sequence_length {sequence_length} is more than the {longest} positions of {type(model).__name__}; "
+            f"give at most {longest}"
+        )
     if text is not None and tokenizer is None:
         raise UsageError("text was given without a tokenizer: give tokenizer=, or leave text out for random tokens")
     if tokenizer is not None:
@@ -57,6 +66,32 @@ def example_inputs(
             inputs = _made_up(model, batch_size, sequence_length)
         random.setstate(state)
     return _placed(inputs, model)
+
+
+def longest_sequence(model: nn.Module) -> int | None:
+    """The most tokens for which the model has positions, by its config; None where it names no limit."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(inner, "rope_parameters", None):  # rotations are computed for every position, however far
+        return None
+    limits = [getattr(c, name, None) for c in (config, inner) for name in _LIMITS]
+    limit = min((n for n in limits if isinstance(n, int) and n > 0), default=None)
+    return None if limit is None else limit - _rows_before_the_first(model)
+
+
+def fitting_length(model: nn.Module, wanted: int) -> int:
+    """`wanted` tokens, or as many as the model has positions for."""
+    longest = longest_sequence(model)
+    return wanted if longest is None else max(1, min(wanted, longest))
+
+
+def _rows_before_the_first(model: nn.Module) -> int:
+    """RoBERTa and its kin number positions from the padding token on, and count those before it in the config."""
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    pads = (m.padding_idx for m in tables if isinstance(m, nn.Embedding))
+    return max((pad + 1 for pad in pads if pad is not None), default=0)
 
 
 def load_tokenizer(folder: str) -> Any | None:

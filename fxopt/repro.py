@@ -26,8 +26,10 @@ import fxopt
 from fxopt import catalogue, serial
 from fxopt.checks import SLOWER, Against, Check, Failure, Slower, without_history
 from fxopt.delta import graph_of, graphs, share, snapshot
+from fxopt.difference import Difference, diff
 from fxopt.errors import FxoptError, StoreError, TransformationError
 from fxopt.reduce import Cut, reduce, shortest
+from fxopt.report import report
 from fxopt.samples import InputSet
 from fxopt.transformation import Transformation
 
@@ -145,7 +147,7 @@ class Repro:
 
     title: str
     facts: Mapping[str, Any]
-    writers: tuple[Callable[[Path], None], ...] = field(repr=False)  # each adds its files; a report would be one more
+    writers: tuple[Callable[[Path], None], ...] = field(repr=False)  # each adds its files
     size: tuple[int, int] = (0, 0)
     whole: bool = True
     confirmed: bool = False
@@ -248,8 +250,13 @@ def of_rewrite(
         lambda folder: _write_graphs(folder, {"before": cut.before, "after": cut.after}),
         lambda folder: _write_inputs(folder, cut),
         lambda folder: _write_script(folder, title, _INPUTS + script),
+        lambda folder: _write_report(folder, title, diff(cut.before, cut.after)),
     )
     return Repro(title, facts, writers, cut.nodes, cut.whole)
+
+
+def _write_report(folder: Path, title: str, difference: Difference) -> None:
+    report(difference, folder / "report.html", title=title)
 
 
 def _inside(before: GraphModule, after: GraphModule, case: InputSet) -> tuple[GraphModule, GraphModule, InputSet]:

@@ -6,15 +6,16 @@ them again and checks that every one leads to the graph that was saved; so a loa
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -28,7 +29,7 @@ from fxopt import catalogue, serial
 from fxopt.delta import graphs, share
 from fxopt.difference import Difference, diff, of_commits
 from fxopt.errors import StoreError, UsageError
-from fxopt.history import commits, history, undo_rewrite
+from fxopt.history import Entry, commits, history, undo_rewrite
 from fxopt.huggingface import Optimized, optimize
 
 JOURNAL, GRAPH, WEIGHTS, INPUTS = "fxopt.json", "graph.json", "model.safetensors", "inputs.safetensors"
@@ -41,7 +42,9 @@ def save(model: nn.Module, directory: str | Path) -> Path:
 
     A graph module: model.safetensors, graph.json, fxopt.json.  What `fxopt.optimize` made of a Hugging Face model:
     what ``save_pretrained`` writes (the original weights, so that transformers can load the folder too), the example
-    inputs and fxopt.json.  Everything is written aside first; what stood there before survives an interrupted save.
+    inputs and fxopt.json.  What it made of any other module is saved as its graph: `load` gives back a graph module
+    that computes the same, not a module of that class (`keeps_class` tells).  Everything is written aside first; what
+    stood there before survives an interrupted save.
 
     Raises `StoreError` if something of it cannot be written without pickle, or a transformation cannot be made again.
     """
@@ -51,9 +54,9 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     elif isinstance(model.__dict__.get("fxopt"), Optimized):
         state: Optimized = model.__dict__["fxopt"]
         with aside(directory) as folder:
-            if hasattr(model, "save_pretrained"):
+            if keeps_class(model):
                 _save_model(model, state, folder)
-            else:  # a plain module has no config to make it again from, but its graph can be written
+            else:  # nothing says how to make a module of another class again, but its graph can be written
                 _save_graph(_only(state), folder)
     else:
         raise StoreError(
@@ -61,6 +64,11 @@ def save(model: nn.Module, directory: str | Path) -> Path:
             "capture the model first"
         )
     return Path(directory)
+
+
+def keeps_class(model: nn.Module) -> bool:
+    """Whether `load` gives back a model of the same class: a graph module, or a model of transformers itself."""
+    return isinstance(model, GraphModule) or _model_class(_class_name(type(model))) is type(model)
 
 
 def load(directory: str | Path) -> nn.Module:
@@ -100,7 +108,7 @@ def _save_model(model: Any, state: Optimized, folder: Path) -> None:
     plain = {k: v for k, v in state.example_inputs.items() if not isinstance(v, torch.Tensor)}
     entry = {
         "kind": "model",
-        "class": f"{type(model).__module__}:{type(model).__qualname__}",
+        "class": _class_name(type(model)),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "inputs": {k: serial.encode(v, f"the example input {k}") for k, v in plain.items()},
         "order": list(state.example_inputs),  # an exported graph takes its inputs in the order in which it saw them
@@ -112,10 +120,23 @@ def _save_model(model: Any, state: Optimized, folder: Path) -> None:
 
 
 def _load_model(folder: Path, entry: dict[str, Any]) -> nn.Module:
-    kind: Any = serial.find(entry["class"])
-    model = kind.from_pretrained(folder, dtype=getattr(torch, entry["dtype"])).eval()
+    kind = _model_class(entry["class"])
+    if kind is None:
+        raise StoreError(
+            f"{folder / JOURNAL}: 'class' is {entry['class']!r}, expected a model class of transformers "
+            f"{transformers.__version__}; the journal is damaged or from elsewhere"
+        )
+    dtype = getattr(torch, entry["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise StoreError(f"{folder / JOURNAL}: 'dtype' is {entry['dtype']!r}, expected one of torch's; save it again")
+    try:
+        model = kind.from_pretrained(folder, dtype=dtype).eval()
+    except (OSError, ValueError) as error:  # what transformers raises where its files are absent or damaged
+        raise StoreError(f"{folder} cannot be loaded ({str(error).splitlines()[0]}); save it again") from error
     inputs: dict[str, Any] = dict(read_tensors(folder / INPUTS))
     inputs |= {k: serial.decode(v) for k, v in entry["inputs"].items()}
+    if inputs.keys() != set(entry["order"]):
+        raise StoreError(f"{folder / JOURNAL}: 'order' does not name the inputs {', '.join(inputs)}; save it again")
     inputs = {name: inputs[name] for name in entry["order"]}
     again = Replay(entry["graphs"])
     made = optimize(model, again, inputs, generation=entry["generation"], dynamic=entry["dynamic"])
@@ -125,6 +146,19 @@ def _load_model(folder: Path, entry: dict[str, Any]) -> nn.Module:
             f" torch {torch.__version__}; load with the versions that fxopt.json names, or optimize again"
         )
     return made
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _model_class(text: str) -> Any | None:
+    """The model class of transformers with that ``module:name``, or None; nothing else is looked up or imported."""
+    module, _, name = text.partition(":")
+    if not module.startswith("transformers.models.") or not name.isidentifier():
+        return None
+    kind = getattr(transformers, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
 
 
 class Replay:
@@ -150,30 +184,21 @@ def undo_saved(directory: Path, what: str, rewrite: str | None = None, graph: st
     """
     Undo a transformation of a saved result (its signature, name or number), whole or one rewrite; save again.
 
-    Returns a line for each graph that changed.  Raises `UsageError` if nothing of it is in the history.
+    Of several with that name, the latest that has something to undo.  Returns a line for each graph that changed.
+    Raises `UsageError` if nothing of it is in the history.
     """
     model = load(directory)
     named = graphs_of(model)
     if graph is not None and graph not in named:
         raise UsageError(f"there is no graph {graph!r}; the graphs are {', '.join(map(repr, named))}")
+    asked = {name: gm for name, gm in named.items() if graph in (None, name)}
     lines = []
-    for name, gm in named.items():
-        index = _index(gm, what)
-        if index is None or (graph is not None and name != graph):
-            continue
-        entry = history(gm)[index]
-        if rewrite is None:
-            entry.reverse()
-            lines.append(f"{name + ': ' if name else ''}undone: {entry.signature}")
-            continue
-        found = [r for r in entry.rewrites if rewrite in (r.part.id, r.id)]
-        for r in found:
-            r.reverse()
-            lines.append(f"{name + ': ' if name else ''}undone: {r.id}")
+    for name, gm in asked.items():
+        done = _undo_commit(gm, what) if rewrite is None else _undo_rewrite(gm, what, rewrite)
+        if done is not None:
+            lines.append(f"{name + ': ' if name else ''}undone: {done}")
     if not lines:
-        known = dict.fromkeys(c.signature for gm in named.values() for c in commits(gm))
-        what = what if rewrite is None else f"{what} with the rewrite {rewrite}"
-        raise UsageError(f"{what} is not in the history, which holds {', '.join(known) or 'nothing'}")
+        raise UsageError(_nothing_to_undo(asked.values(), what, rewrite, directory))
     save(model, directory)
     return lines
 
@@ -205,9 +230,44 @@ def saved_differences(a: Path, b: Path) -> dict[str, Difference]:
     return {n: diff(left[n], right[n], f"{a} → {b}" + (f": {n}" if len(common) > 1 else "")) for n in common}
 
 
-def _index(gm: GraphModule, what: str) -> int | None:
-    found = [i for i, c in enumerate(commits(gm)) if what in (c.signature, c.signature.partition("(")[0], str(i))]
-    return found[-1] if found else None
+def _undo_commit(gm: GraphModule, what: str) -> str | None:
+    """Undo the commit, and say which it was; None if there is none, or only some that did nothing."""
+    found = [e for e in _entries(gm, what) if what == str(e.index) or e.commit.active()]
+    if not found:
+        return None
+    entry = found[-1]
+    idle = "" if entry.commit.active() else ", which did nothing"
+    entry.reverse()
+    return f"{entry.signature} (number {entry.index}{idle})"
+
+
+def _undo_rewrite(gm: GraphModule, what: str, rewrite: str) -> str | None:
+    found = [r for e in _entries(gm, what) for r in e.rewrites if rewrite in (r.part.id, r.id) and r.active]
+    if not found:
+        return None
+    found[-1].reverse()
+    return found[-1].id
+
+
+def _entries(gm: GraphModule, what: str) -> list[Entry]:
+    return [e for e in history(gm) if what in (e.signature, _bare(e.signature), str(e.index))]
+
+
+def _bare(signature: str) -> str:
+    return signature.partition("(")[0]
+
+
+def _nothing_to_undo(gms: Iterable[GraphModule], what: str, rewrite: str | None, directory: Path) -> str:
+    found = [e for gm in gms for e in _entries(gm, what)]
+    if found and rewrite is not None:
+        return f"{what} has no rewrite {rewrite} to undo; `fxopt log {directory} --rewrites` lists those that it has"
+    if found:
+        return f"{what} is in the history, but it did nothing, or was undone since: there is nothing to undo"
+    spelt = str if "(" in what else _bare
+    known = list(dict.fromkeys(spelt(c.signature) for gm in gms for c in commits(gm)))
+    close = difflib.get_close_matches(what, known, n=2)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{what} is not in the history; {hint}`fxopt log {directory}` lists what is"
 
 
 # --- the journal ----------------------------------------------------------------------------------------------------
@@ -307,12 +367,61 @@ def read_journal(folder: Path) -> dict[str, Any]:
     entry = read_json(folder / JOURNAL)
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
         raise StoreError(f"{folder / JOURNAL} is not of format {FORMAT}; it was saved by another version of fxopt")
-    for name, expected in entry.get("files", {}).items():
+    _check_fields(folder / JOURNAL, entry, _FIELDS)
+    _check_fields(folder / JOURNAL, entry, _MODEL_FIELDS if entry["kind"] == "model" else {})
+    for name, commits_of in entry["graphs"].items():
+        _check_list(folder / JOURNAL, f"graphs[{name!r}]", commits_of, dict)
+        for i, commit in enumerate(commits_of):
+            _check_fields(folder / JOURNAL, commit, _COMMIT_FIELDS, f"graphs[{name!r}][{i}].")
+    if entry["kind"] not in ("model", "graph") or (entry["kind"] == "graph" and [*entry["graphs"]] != [""]):
+        raise StoreError(f"{folder / JOURNAL}: 'kind' is {entry['kind']!r}, which its graphs do not fit; save it again")
+    for name, expected in entry["files"].items():
         if not (folder / name).is_file():
             raise StoreError(f"{folder} lacks {name}, which its journal names; save it again")
         if file_hash(folder / name) != expected:
             raise StoreError(f"{folder / name} is not the file that was saved with the journal; save it again")
     return entry
+
+
+_FIELDS: dict[str, type | tuple[type]] = {"kind": str, "files": dict, "graphs": dict}
+_MODEL_FIELDS: dict[str, type | tuple[type]] = {
+    "class": str,
+    "dtype": str,
+    "inputs": dict,
+    "order": (str,),
+    "generation": bool,
+    "dynamic": bool,
+}
+_COMMIT_FIELDS: dict[str, type | tuple[type]] = {
+    "class": str,
+    "options": dict,
+    "signature": str,
+    "rewrites": (str,),
+    "undone": (str,),
+    "after": str,
+}
+
+
+def _check_fields(
+    path: Path, entry: Mapping[str, Any], fields: Mapping[str, type | tuple[type]], where: str = ""
+) -> None:
+    """Each field must be there and of its type; a tuple stands for a list of that type."""
+    for key, kind in fields.items():
+        if key not in entry:
+            raise StoreError(f"{path} lacks {where + key!r}; the journal is damaged, save it again")
+        if isinstance(kind, tuple):
+            _check_list(path, where + key, entry[key], kind[0])
+        elif not isinstance(entry[key], kind):
+            _refuse(path, where + key, entry[key], kind.__name__)
+
+
+def _check_list(path: Path, key: str, value: Any, kind: type) -> None:
+    if not isinstance(value, list) or not all(isinstance(v, kind) for v in value):
+        _refuse(path, key, value, f"a list of {kind.__name__}")
+
+
+def _refuse(path: Path, key: str, value: Any, expected: str) -> NoReturn:
+    raise StoreError(f"{path}: {key!r} is {value!r:.60}, expected {expected}; the journal is damaged, save it again")
 
 
 def read_json(path: Path) -> Any:

@@ -114,7 +114,8 @@ def test_ratio_is_the_median_of_the_rounds(pairs):
     comparison = Comparison(*(Measurement(n, v, 1, None, "cpu", 1) for n, v in (("a", a), ("b", b))))
     assert comparison.ratio == pytest.approx(float(numpy.median(numpy.array(b) / numpy.array(a))))
     low, high = comparison.interval
-    expected = "faster" if high < 1 else "slower" if low > 1 else "no difference"
+    narrow = "no difference" if high <= 2 * low else "not measurable"
+    expected = "faster" if high < 1 else "slower" if low > 1 else narrow
     assert comparison.verdict == expected
     assert comparison.a.median == pytest.approx(float(numpy.median(a)))
 
@@ -190,8 +191,29 @@ def test_it_stops_when_out_of_time_but_not_before_an_interval_exists():
 
 def test_too_few_rounds_say_nothing():
     found = timed(Clock(), lambda: 1e-3, lambda: 1e-4, rounds=5)
-    assert found.verdict == "no difference" and found.interval == (0.0, math.inf)
+    assert found.verdict == "not measurable" and found.interval == (0.0, math.inf)
+    assert found.summary == found.conclusion == "not measurable with 5 rounds"
     assert found.to_json()["interval"] == [0.0, None] and "too few rounds" in found._repr_html_()
+
+
+def of(a, b):
+    return Comparison(*(Measurement(n, v, 1, None, "cpu", 1) for n, v in (("a", a), ("b", b))))
+
+
+def test_a_wide_interval_is_not_told_as_no_difference():
+    a, b = (1.0,) * 6, (0.4, 0.5, 0.9, 1.1, 3.0, 5.0)
+    assert of(a, b).interval == (0.4, 5.0)
+    assert of(a, b).summary == "not measurable with 6 rounds: 1.000 × a [0.400, 5.000]"
+    assert "not measurable with 6 rounds" in of(a, b)._repr_html_()
+    assert of(a, (0.9, 0.9, 0.9, 1.1, 1.1, 1.1)).conclusion == "no difference"
+
+
+def test_the_times_that_are_told_do_not_contradict_the_ratio():
+    a, b = (1.0, 1.0, 1.0, 2.0, 6.0, 7.0, 8.0), (0.9, 0.9, 7.0, 1.8, 5.4, 6.3, 7.2)
+    found = of(a, b)
+    assert found.ratio == pytest.approx(0.9) and found.b.median > found.a.median  # these would say the opposite
+    before, after = found.typical
+    assert after / before == pytest.approx(found.ratio)
 
 
 def test_quick_functions_are_called_until_the_clock_can_tell():

@@ -61,6 +61,19 @@ def test_a_wrong_spelling_is_one_line(text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_that_is_like_none_gets_no_suggestion():
+    with pytest.raises(UsageError) as caught:
+        catalogue.parse("xyzzy")
+    assert str(caught.value) == "no pass is called 'xyzzy'; `fxopt passes` lists them"
+
+
+@pytest.mark.parametrize("device_type", ("cpu", "cuda"))
+def test_default_may_stand_in_a_list(device_type):
+    passes = catalogue.parse("EliminateDropout,default,MergeLinears", device_type)
+    kinds = transformations.EliminateDropout(), *catalogue.default(device_type), transformations.MergeLinears()
+    assert passes == [*kinds]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     (

@@ -49,7 +49,28 @@ def test_optimize_prints_saves_and_undoes(fxopt_, tmp_path):
     assert code == 0 and "undone: EliminateDropout()" in out, err
     assert "EliminateDropout" not in fxopt_("log", folder)[1]
     code, _, err = fxopt_("undo", folder, "EliminateDropout")
-    assert code == 2 and "is not in the history, which holds ChangeTrueDivToMulByInverse()" in err
+    assert code == 2 and "fxopt: EliminateDropout is not in the history; `fxopt log " in err
+    code, _, err = fxopt_("undo", folder, "ChangeTrueDivToMulByInvers")
+    assert code == 2 and "did you mean ChangeTrueDivToMulByInverse? `fxopt log " in err
+    code, _, err = fxopt_("undo", folder, "ChangeTrueDivToMulByInverse")
+    assert code == 2 and "it did nothing" in err
+    code, out, err = fxopt_("undo", folder, "0")
+    assert code == 0 and "(number 0, which did nothing)" in out, err
+
+
+def test_of_two_with_a_name_the_one_that_did_something_is_undone(fxopt_, tmp_path):
+    twice = ("--passes", "EliminateDropout,EliminateNoOps,EliminateDropout", "--no-benchmark")
+    assert fxopt_(*TINY[:4], *twice, "--save", tmp_path)[0] == 0
+    code, out, err = fxopt_("undo", tmp_path, "EliminateDropout")
+    assert code == 0 and "undone: EliminateDropout() (number 0)" in out, err
+    code, _, err = fxopt_("undo", tmp_path, "EliminateDropout()")
+    # made again on the graph without the first, the second has its rewrites
+    assert code == 0, err
+
+
+def test_the_default_length_is_one_that_the_model_takes(fxopt_):
+    code, out, err = fxopt_("optimize", "whisper-tiny-tiny", "--passes", "EliminateDropout", "--no-benchmark")
+    assert code == 0 and "same as eager" in out, err
 
 
 def test_every_step_is_timed(fxopt_, tmp_path):
@@ -57,6 +78,13 @@ def test_every_step_is_timed(fxopt_, tmp_path):
     code, out, err = fxopt_(*arguments, "--json", tmp_path / "table.json")
     assert code == 0 and "× eager" in out, err
     assert json.loads((tmp_path / "table.json").read_text())["latency"]["ratio"] > 0
+
+
+def test_too_few_rounds_give_no_ratio(fxopt_):
+    arguments = ("optimize", "mlp-tiny", "--passes", "EliminateDropout", "--num-runs", 2, "--warmup", 0)
+    code, out, err = fxopt_(*arguments)
+    assert code == 0 and "not measurable with 2 rounds; give --num-runs more" in out, err
+    assert "no difference" not in out and "→" not in out.partition("end to end")[2]
 
 
 def test_a_saved_folder_is_a_transformers_folder_too(fxopt_, tmp_path):
@@ -68,6 +96,13 @@ def test_a_saved_folder_is_a_transformers_folder_too(fxopt_, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
     assert type(loaded) is type(model)
+
+
+def test_saving_says_where_the_class_is_lost(fxopt_, tmp_path):
+    arguments = ("optimize", "mlp-tiny", "--passes", "EliminateDropout", "--no-benchmark", "--save", tmp_path)
+    code, out, err = fxopt_(*arguments)
+    assert code == 0 and "saved as a graph: fxopt.load gives a graph module, no MLP" in out, err
+    assert isinstance(fxopt.load(tmp_path), torch.fx.GraphModule)
 
 
 def test_models_and_passes_are_listed(fxopt_):
@@ -177,7 +212,10 @@ def test_wrong_usage_of_bisect_is_one_line_and_exit_2(fxopt_, arguments, message
         (("optimize", "./nowhere"), "there is no folder './nowhere'"),
         (("optimize", "mlp-tiny", "--passes", "Fuse"), "no pass is called 'Fuse'"),
         (("optimize", "mlp-tiny", "--dtype", "int3"), "--dtype int3 is not known"),
+        (("optimize", "gpt2-tiny", "--max-length", "65"), "--max-length 65 is more than the 64 positions of gpt2-tiny"),
         (("optimize", "mlp-tiny", "--device", "tpu9"), "--device tpu9 is no device"),
+        (("optimize", "mlp-tiny", "--device", "meta"), "--device meta is none on which fxopt runs models"),
+        (("optimize", "mlp-tiny", "--passes", "default,Xyzzy"), "no pass is called 'Xyzzy'; `fxopt passes` lists"),
         (("optimize", "mlp-tiny", "--text", "hello"), "mlp-tiny has no tokenizer"),
         (("optimize", "mlp-tiny", "--save", __file__), "is a file, expected a folder"),
         (("optimize", "mlp-tiny", "--json", "/no/such/folder/x.json"), "cannot be written"),

@@ -1,3 +1,4 @@
+import copy
 import operator
 from dataclasses import dataclass
 
@@ -219,3 +220,13 @@ def test_repeat_stops_when_nothing_is_left(gm):
 
 def test_adopt_keeps_ours():
     assert adopt(DROP) is DROP and isinstance(compose(DROP), Pipeline)
+
+
+def test_a_pass_that_returns_another_module_is_told_in_one_line(gm):
+    class Copies(ReversibleTransformation):
+        def transform(self, graph_module):
+            return copy.deepcopy(graph_module)
+
+    with pytest.raises(TransformationError, match=r"returned another graph module, expected the .* in place") as caught:
+        Copies()(gm)
+    assert "\n" not in str(caught.value) and "Linear(" not in str(caught.value)

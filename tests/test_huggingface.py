@@ -283,11 +283,26 @@ class Opaque(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+def test_gradients_that_a_graph_cuts_are_told():
+    result = optimize("mlp-tiny", None)
+    inputs = example_inputs(result)
+    with torch.no_grad():
+        result(**inputs)
+    assert "gradients" not in str(result.fxopt)
+    assert not result(**inputs).requires_grad
+    assert "gave no gradients 1 times, though they were on" in str(result.fxopt)
+    result.fxopt.enabled = False
+    assert result(**inputs).requires_grad
+    assert result.fxopt.cut == 1
+
+
 def test_what_cannot_be_optimised_is_refused():
     with pytest.raises(CaptureError, match="no graph"):
         optimize(Opaque(), pipeline=None, example_inputs=(torch.randn(2),))
     with pytest.raises(UsageError, match="graph module"):
         optimize(symbolic_trace(nn.ReLU()))
+    with pytest.raises(UsageError, match="example_inputs is a list: give a tuple"):
+        optimize(nn.ReLU(), example_inputs=[torch.randn(2)])
     with pytest.raises(UsageError, match="pipeline"):
         optimize("mlp-tiny", pipeline=3)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+import fxopt
 from fxopt import models
 from fxopt.errors import UsageError
-from fxopt.inputs import example_inputs
+from fxopt.inputs import example_inputs, longest_sequence
 
 TINY = [name for name in models.names() if name.endswith("-tiny") and name != "whisper-tiny"]
 
@@ -182,3 +183,35 @@ def test_text_goes_through_the_tokenizer_of_a_folder(tmp_path):
         example_inputs(model, text="a pass")
     with pytest.raises(UsageError, match="no tokenizer"):
         example_inputs(model, tokenizer=str(tmp_path / "nowhere"))
+
+
+# the positions in each tiny config; RoBERTa's first two rows are before the first token
+LONGEST = {"bert-base-tiny": 64, "gpt2-tiny": 64, "opt-125m-tiny": 64, "whisper-tiny-tiny": 64, "roberta-base-tiny": 62}
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_the_longest_sequence_is_the_longest_that_runs(name):
+    model, longest = models.build(name), LONGEST[name]
+    inputs = example_inputs(model, 1, longest)
+    with torch.no_grad():
+        model(**inputs)
+    tokens = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    longer = {n: torch.cat([v, v[:, :1]], 1) if v.dim() == 2 else v for n, v in inputs.items()}
+    with torch.no_grad(), pytest.raises((IndexError, RuntimeError)):
+        model(**longer)
+    assert inputs[tokens].shape == (1, longest)
+    with pytest.raises(UsageError, match=f"sequence_length {longest + 1} is more than the {longest} positions"):
+        example_inputs(model, 1, longest + 1)
+
+
+@pytest.mark.parametrize("name", ("t5-small-tiny", "llama-small-tiny", "vit-base-tiny", "mlp-tiny"))
+def test_relative_positions_have_no_limit(name):
+    assert longest_sequence(models.build(name)) is None
+
+
+def test_a_short_model_is_optimised_without_a_word_of_lengths():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
+    assert example_inputs(model)["input_ids"].shape == (2, 8)
+    assert [*fxopt.optimize(model, None).fxopt.graphs] == ["forward", "prefill", "decode"]

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+import fxopt
 from fxopt import store
 from fxopt.errors import StoreError
 from fxopt.history import history
+from fxopt.models import build
 from fxopt.transformations import ChangeTrueDivToMulByInverse, EliminateDropout
 from tests.rewriting import DIALECTS, trace
 
@@ -129,3 +132,67 @@ def test_a_module_of_ones_own_cannot_be_written(tmp_path):
     with pytest.raises(StoreError, match=r"0 is a .*Own, which cannot be written without pickle"):
         store.save(gm, tmp_path / "own")
     assert not os.path.exists(tmp_path / "own")
+
+
+def journal_without(key):
+    return lambda e: e.pop(key)
+
+
+def journal_with(**fields):
+    return lambda e: e.update(fields)
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = fxopt.optimize(build("bert-base-tiny"), "EliminateDropout", generation=False)
+    assert store.keeps_class(model)
+    return store.save(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    (
+        (journal_without("graphs"), "lacks 'graphs'"),
+        (journal_without("files"), "lacks 'files'"),
+        (journal_without("dtype"), "lacks 'dtype'"),
+        (journal_with(inputs=None), "'inputs' is None, expected dict"),
+        (journal_with(order=5), "'order' is 5, expected a list of str"),
+        (journal_with(order=["x"]), "'order' does not name the inputs attention_mask"),
+        (journal_with(dtype="nn"), "'dtype' is 'nn', expected one of torch's"),
+        (journal_with(kind="pickle"), "'kind' is 'pickle'"),
+        (journal_with(kind="graph"), "'kind' is 'graph', which its graphs do not fit"),
+        (journal_with(graphs={"forward": [1]}), r"graphs\['forward'\].* is \[1\], expected a list of dict"),
+        (lambda e: e["graphs"]["forward"][0].pop("undone"), r"lacks .graphs\['forward'\]\[0\].undone"),
+        (lambda e: e["graphs"]["forward"][0]["options"].update(nothing=1), "does not take the options nothing"),
+        (journal_with(**{"class": "os:system"}), "'class' is 'os:system', expected a model class of transformers"),
+        (journal_with(**{"class": "transformers.models.bert:os"}), "expected a model class of transformers"),
+        (journal_with(**{"class": "transformers.models.bert:BertConfig"}), "expected a model class of transformers"),
+    ),
+)
+def test_a_damaged_journal_is_one_line_that_names_the_key(saved_model, tmp_path, spoil, message):
+    folder = shutil.copytree(saved_model, tmp_path / "spoilt")
+    entry = json.loads((folder / "fxopt.json").read_text())
+    spoil(entry)
+    (folder / "fxopt.json").write_text(json.dumps(entry))
+    with pytest.raises(StoreError, match=message) as caught:
+        store.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_module_is_imported_for_a_class_that_is_none_of_transformers(saved_model, tmp_path, monkeypatch):
+    (tmp_path / "a_trap.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = shutil.copytree(saved_model, tmp_path / "spoilt")
+    entry = json.loads((folder / "fxopt.json").read_text()) | {"class": "a_trap:Model"}
+    (folder / "fxopt.json").write_text(json.dumps(entry))
+    with pytest.raises(StoreError, match="a_trap:Model"):
+        store.load(folder)
+
+
+def test_a_module_of_another_class_comes_back_as_its_graph(tmp_path):
+    model = fxopt.optimize(nn.Sequential(nn.Linear(8, 8), nn.Dropout()), "EliminateDropout", X)
+    assert not store.keeps_class(model)
+    loaded = store.load(store.save(model, tmp_path))
+    assert isinstance(loaded, torch.fx.GraphModule)
+    assert torch.equal(loaded(*X), model(*X))

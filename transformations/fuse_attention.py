@@ -48,11 +48,12 @@ class FuseAttention(Rewrite):
     """
     softmax(q @ k.T * s + mask) @ v  ->  scaled_dot_product_attention(q, k, v, mask, scale=s)
 
-    Within rounding: the fused operator sums in another order, and in half precision keeps the scores in float32.
+    Within rounding: the fused operator sums in another order, and in half precision keeps the scores in float32. A row
+    masked with -inf in whole is 0 afterwards, as torch defines scaled_dot_product_attention, where eager gives NaN.
 
     Also ``/ s``, no scale, no mask, a bias besides the mask, ``masked_fill`` and ``where`` with a large negative
-    number, a softmax computed in float32, and dropout outside of training.  Where a mask adds -inf to a whole row,
-    eager gives NaN and the fused operator 0; a ``masked_fill`` with -inf is refused for that reason.
+    number, a softmax computed in float32, and dropout outside of training.  A ``masked_fill`` with -inf is refused:
+    it is the usual way to such rows.
     """
 
     pattern = ops.matmul(_DROPPED, Tensor("v"))
