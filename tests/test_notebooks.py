@@ -7,7 +7,12 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-NOTEBOOKS = ("01_first_passes.ipynb", "02_undo_and_history.ipynb", "04_write_your_own_pass.ipynb")
+NOTEBOOKS = (
+    "01_first_passes.ipynb",
+    "02_undo_and_history.ipynb",
+    "03_bisect_a_broken_pass.ipynb",
+    "04_write_your_own_pass.ipynb",
+)
 
 
 def test_every_notebook_is_listed():

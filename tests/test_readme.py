@@ -50,10 +50,11 @@ def test_the_default_pipeline_is_the_one_that_runs():
     assert said.split(", ") == [type(t).__name__ for t in default("cpu")]
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_the_python_examples_run(number):
+@pytest.mark.parametrize("number", range(3))
+def test_the_python_examples_run(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, object] = {"__name__": "example"}
     exec(compile(blocks[number], "README.md", "exec"), names)
     if number == 0:
