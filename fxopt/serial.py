@@ -10,7 +10,7 @@ import importlib
 import math
 import operator
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -355,7 +355,9 @@ def _spec(placeholder: Node) -> Json:
         return None
     shape: list[Any] = []
     for size in val.shape:
-        if isinstance(size, torch.SymInt):
+        if isinstance(size, torch.SymInt) and size.node.expr.is_number:  # a symbol that was found to be one size
+            shape.append(int(size))
+        elif isinstance(size, torch.SymInt):
             hint = size.node.hint
             shape.append([str(size), hint if isinstance(hint, int) else 7])
         else:
@@ -369,12 +371,15 @@ def _fake_inputs(specs: list[Json]) -> tuple[Any, ...] | None:
         return None
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     hints: dict[str, int] = {}
+    static = {size for spec in specs for size in spec["shape"] if isinstance(size, int)}
     fakes: list[torch.Tensor] = []
     for spec in specs:
         sizes, dynamic = [], []
         for size in spec["shape"]:
             if isinstance(size, list):  # equal hints are one symbol: give each symbol a hint of its own
-                sizes.append(hints.setdefault(size[0], _unused(size[1], hints)))
+                if size[0] not in hints:
+                    hints[size[0]] = _unused(size[1], static | {*hints.values()})
+                sizes.append(hints[size[0]])
                 dynamic.append(DimDynamic.DUCK)
             else:
                 sizes.append(size)
@@ -387,8 +392,8 @@ def _fake_inputs(specs: list[Json]) -> tuple[Any, ...] | None:
     return tuple(fakes)
 
 
-def _unused(hint: int, hints: dict[str, int]) -> int:
+def _unused(hint: int, taken: Set[int]) -> int:
     hint = max(hint, 2)  # 0 and 1 are specialised
-    while hint in hints.values():
+    while hint in taken:
         hint += 1
     return hint

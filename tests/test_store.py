@@ -196,3 +196,10 @@ def test_a_module_of_another_class_comes_back_as_its_graph(tmp_path):
     loaded = store.load(store.save(model, tmp_path))
     assert isinstance(loaded, torch.fx.GraphModule)
     assert torch.equal(loaded(*X), model(*X))
+
+
+def test_a_size_that_is_fixed_and_equal_to_one_that_varies(tmp_path):
+    gm = fxopt.capture(nn.Linear(2, 2), (torch.randn(2, 2),))
+    fxopt.save(gm, tmp_path / "saved")
+    x = torch.randn(5, 2)
+    assert torch.equal(fxopt.load(tmp_path / "saved")(x), gm(x))
