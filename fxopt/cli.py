@@ -26,6 +26,25 @@ app = typer.Typer(
 _WIDE = None if sys.stdout.isatty() else 120  # a table in a pipe or a file need not fit a terminal
 out, err = Console(width=_WIDE), Console(stderr=True)
 
+# Options that several commands share.
+Model = Annotated[str, typer.Argument(help="A built-in name (see `fxopt models`), a local folder, or a hub name.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Passes = Annotated[
+    str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`); yours as FILE.py:NAME.")
+]
+NumRuns = Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Rounds run before timing.")]
+Text = Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=1, help="Sequence length in tokens; by default 128, or the most the model takes.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")]
+RTol = Annotated[float | None, typer.Option(min=0, help="Relative tolerance of the verification.")]
+ATol = Annotated[float | None, typer.Option(min=0, help="Absolute tolerance of the verification.")]
+Benchmark = Annotated[bool, typer.Option(help="Time every step.")]
+Context = Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")]
+
 
 def main() -> None:
     """Run the command line; an error of fxopt is one line and exit code 2 (1 where a verification failed)."""
@@ -46,24 +65,18 @@ def main() -> None:
 
 @app.command()
 def optimize(
-    model: Annotated[str, typer.Argument(help="A built-in name (see `fxopt models`), a local folder, or a hub name.")],
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    passes: Annotated[
-        str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`); yours as FILE.py:NAME.")
-    ] = "default",
-    num_runs: Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")] = 30,
-    warmup: Annotated[int, typer.Option(min=0, help="Rounds run before timing.")] = 3,
-    text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Sequence length in tokens; by default 128, or the most the model takes.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")
-    ] = None,
-    rtol: Annotated[float | None, typer.Option(min=0, help="Relative tolerance of the verification.")] = None,
-    atol: Annotated[float | None, typer.Option(min=0, help="Absolute tolerance of the verification.")] = None,
-    benchmark: Annotated[bool, typer.Option(help="Time every step.")] = True,
+    model: Model,
+    device: Device = "cpu",
+    passes: Passes = "default",
+    num_runs: NumRuns = 30,
+    warmup: Warmup = 3,
+    text: Text = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 1,
+    dtype: DType = None,
+    rtol: RTol = None,
+    atol: ATol = None,
+    benchmark: Benchmark = True,
     limit: Annotated[
         str | None, typer.Option(help="Stop early: PASS, or PASS:1-30 for its first 30 rewrites (see `fxopt bisect`).")
     ] = None,
@@ -117,10 +130,8 @@ def optimize(
 
 @app.command()
 def bisect(
-    model: Annotated[str, typer.Argument(help="A built-in name (see `fxopt models`), a local folder, or a hub name.")],
-    passes: Annotated[
-        str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`); yours as FILE.py:NAME.")
-    ] = "default",
+    model: Model,
+    passes: Passes = "default",
     check: Annotated[str | None, typer.Option(help="What fails: outputs (the default), nan, crash or slower.")] = None,
     script: Annotated[
         str | None,
@@ -129,23 +140,19 @@ def bisect(
             "exit 0 good, 125 cannot tell, 1 to 127 bad, above abort."
         ),
     ] = None,
-    rtol: Annotated[float | None, typer.Option(min=0, help="Relative tolerance of the outputs.")] = None,
-    atol: Annotated[float | None, typer.Option(min=0, help="Absolute tolerance of the outputs.")] = None,
+    rtol: RTol = None,
+    atol: ATol = None,
     out_: Annotated[
         Path | None, typer.Option("--out", help="Keep the journal, the result and the reproducer in this folder.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the journal in --out.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - is stdout.")] = None,
     graph: Annotated[str | None, typer.Option(help="Only this graph: forward, prefill, decode, …")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Sequence length in tokens; by default 128, or the most the model takes.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")
-    ] = None,
+    device: Device = "cpu",
+    text: Text = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 1,
+    dtype: DType = None,
 ) -> None:
     """Find the pass, and the one rewrite of it, that makes a model fail.  Exit codes: 0 found, 1 not, 2 wrong usage."""
     from fxopt import frontend
@@ -192,24 +199,18 @@ def bisect(
 
 @app.command()
 def report(
-    model: Annotated[str, typer.Argument(help="A built-in name (see `fxopt models`), a local folder, or a hub name.")],
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    passes: Annotated[
-        str, typer.Option(help="default, or NAME,NAME(option=value),… (see `fxopt passes`).")
-    ] = "default",
-    num_runs: Annotated[int, typer.Option(min=1, help="Most rounds timed for each comparison.")] = 30,
-    warmup: Annotated[int, typer.Option(min=0, help="Rounds run before timing.")] = 3,
-    text: Annotated[str | None, typer.Option(help="Input text, where the model has a tokenizer.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Sequence length in tokens; by default 128, or the most the model takes.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the model has it.")
-    ] = None,
-    rtol: Annotated[float | None, typer.Option(min=0, help="Relative tolerance of the verification.")] = None,
-    atol: Annotated[float | None, typer.Option(min=0, help="Absolute tolerance of the verification.")] = None,
-    benchmark: Annotated[bool, typer.Option(help="Time every step.")] = True,
+    model: Model,
+    device: Device = "cpu",
+    passes: Passes = "default",
+    num_runs: NumRuns = 30,
+    warmup: Warmup = 3,
+    text: Text = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 1,
+    dtype: DType = None,
+    rtol: RTol = None,
+    atol: ATol = None,
+    benchmark: Benchmark = True,
     to: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("report.html"),
 ) -> None:
     """Do what `optimize` does, and write it up as one HTML file."""
@@ -249,7 +250,7 @@ def log(
     directory: Annotated[Path, typer.Argument(help="A folder that `fxopt optimize --save` wrote.")],
     rewrites: Annotated[bool, typer.Option(help="List every rewrite.")] = False,
     patch: Annotated[bool, typer.Option("--patch", "-p", help="Show what each commit changed.")] = False,
-    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change, with -p.")] = 1,
+    context: Context = 1,
 ) -> None:
     """Show the history of a saved result."""
     from fxopt.store import read_journal, saved_graphs, saved_patches
@@ -277,7 +278,7 @@ def log(
 def diff(
     a: Annotated[Path, typer.Argument(help="A folder that `fxopt optimize --save` wrote.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
-    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")] = 1,
+    context: Context = 1,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:
     """Show two saved results side by side: what differs, and which transformation did it."""
