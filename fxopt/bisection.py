@@ -79,6 +79,9 @@ class Bisection:
     def summary(self) -> str:
         """One line: the culprit, and whether that is certain."""
         if self.failure is None:
+            everything = self.probes[1] if len(self.probes) > 1 else None
+            if everything is not None and everything.verdict == "skip":
+                return f"not judged: all {self.count} rewrites together: {everything.note}"
             return f"not reproduced: all {self.count} rewrites together are good"
         if self.flaky:
             return "the check is flaky: it gave two answers for the same graph"

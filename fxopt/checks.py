@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import math
@@ -214,7 +215,7 @@ class ByCall(Check):
 
     def judge(self, gm: GraphModule) -> Judgement:
         try:
-            said = self.function(gm)
+            said = self.function(copy.deepcopy(gm))  # it may do what it likes to its graph, gm.double() too
             good = None if said is None else bool(said)
         except Exception as error:  # noqa: BLE001 - the check is anybody's code, and to raise is to fail
             first = (str(error).splitlines() or [""])[0]

@@ -417,11 +417,6 @@ def by_node(value: Any, nodes: Mapping[str, Node]) -> Any:
     return _mapped(value, Ref, lambda r: nodes[r.name])
 
 
-def by_ref(value: Any, ref: Ref) -> Any:
-    """``value`` with ``ref`` in place of every `Ref`."""
-    return _mapped(value, Ref, lambda _: ref)
-
-
 def _mapped(value: Any, kind: type, to: Callable[[Any], Any]) -> Any:
     if isinstance(value, kind):
         return to(value)

@@ -13,9 +13,7 @@ import torch
 from torch._ops import OpOverload
 
 from fxopt.delta import Delta, related
-from fxopt.snapshot import Record, Ref, Slot, by_ref, graph_of, node_key, path_in, uncollected
-
-Pair = tuple[Record | None, Record | None]
+from fxopt.snapshot import Record, Ref, Slot, graph_of, node_key, path_in, uncollected
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,9 @@ def split(delta: Delta) -> tuple[Part, ...]:
     """
     The independent parts of ``delta``, in graph order.
 
-    Joins a node that was created or removed with the changed nodes that refer to it, nodes next to each other that both
-    do something else than before, and nodes that write to the same value; a changed parameter with the nodes that read
-    it; and all that touches one module object (union-find).  A change of nothing but order is a part of its own.
+    Joins changed nodes that refer to each other before or after, or write to the same value; a changed parameter with
+    the nodes that read it; and all that touches one module object (union-find).  A change of nothing but order is a
+    part of its own.
     """
     position = {k: i for _, (a, b) in delta.orders.items() for i, k in enumerate((*a, *b))}
     for i, key in enumerate(delta.nodes):
@@ -101,8 +99,7 @@ def _group(delta: Delta) -> dict[Any, int]:
             if (written := _written(record)) is not None:  # a write that takes the place of another has no users
                 union(("node", key), ("written", node_key(graph, written)))
             for name in record.refs():
-                other = node_key(graph, name)
-                if other in delta.nodes and _belong(pair, delta.nodes[other]):
+                if (other := node_key(graph, name)) in delta.nodes:
                     union(("node", key), ("node", other))
             if record.op in ("get_attr", "call_module"):
                 for path in touching(path_in(graph, str(record.target))):
@@ -116,31 +113,6 @@ def _group(delta: Delta) -> dict[Any, int]:
     _join_state(delta, paths, union)
     numbers: dict[Any, int] = {}
     return {m: numbers.setdefault(find(m), len(numbers)) for m in members}
-
-
-def _belong(pair: Pair, other: Pair) -> bool:
-    """
-    Whether a changed node and a changed one that it refers to are of one rewrite.
-
-    A node that stays where it is, and only reads what took the place of another, holds nothing together: whatever reads
-    it in its turn reads it before and after.
-    """
-    return None in other or (_does_otherwise(pair) and _does_otherwise(other))
-
-
-def _does_otherwise(pair: Pair) -> bool:
-    """Whether a node was created, removed, or does something else than before; not if it reads from elsewhere."""
-    before, after = pair
-    if before is None or after is None:
-        return True
-    return not dataclasses.replace(before, **_blank(before)).same(dataclasses.replace(after, **_blank(after)))
-
-
-def _blank(record: Record) -> dict[str, Any]:
-    return {"args": by_ref(record.args, _ANYWHERE), "kwargs": by_ref(record.kwargs, _ANYWHERE)}
-
-
-_ANYWHERE = Ref("")
 
 
 def _join_state(delta: Delta, paths: set[str], union: Any) -> None:

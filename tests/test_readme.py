@@ -59,5 +59,7 @@ def test_the_python_examples_run(number, tmp_path, monkeypatch):
     exec(compile(blocks[number], "README.md", "exec"), names)
     if number == 0:
         assert [c.signature for c in names["fxopt"].history(names["gm"])] == ["MergeLinears()"]
+    elif number == 1:
+        assert names["found"].found and names["found"].hints == ("gelu approximate 'none' → 'tanh'",)
     else:
         assert "DoubleNegation" in names

@@ -288,7 +288,7 @@ def test_the_result_is_shown_and_read(tmp_path):
 
     folder = found.repro.save(tmp_path / "repro")
     assert not list(folder.glob("*.pt")) and not list(folder.glob("*.pkl"))
-    assert {p.suffix for p in folder.iterdir()} == {".py", ".json", ".safetensors"}
+    assert {p.suffix for p in folder.iterdir()} == {".py", ".json", ".safetensors", ".html"}
     assert json.loads((folder / "repro.json").read_text())["rewrite"]["id"] == found.rewrite.id
     done = run(folder)
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == "the failure shows again"
