@@ -277,7 +277,7 @@ class _Search:
         assert self.failure is not None
         made: Repro | str
         if isinstance(self.check, ByScript):
-            made = of_script(after, self.check.cases[0], self.check.command, title, facts)
+            made = of_script(before, after, self.check.cases[0], self.check.command, title, facts)
         else:
             made = of_rewrite(before, after, self.check, self.failure, title, facts, tolerances)
         return self._confirmed(found, made, confirm)

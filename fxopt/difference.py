@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 from torch.fx import GraphModule
+from torch.fx.node import _get_qualified_name
 
 from fxopt.delta import related, share
 from fxopt.errors import UsageError
@@ -340,7 +341,8 @@ def _rows(pairs: Sequence[Pair], graph: str, differs: Callable[[Line], bool]) ->
     right = {b.key: b for a, b in pairs if b is not None and a is None}
 
     def alike(a: Line, b: Line) -> bool:
-        return a.form == b.form and a.reads == tuple(other.get(key, key) for key in b.reads) and not differs(b)
+        same = a.form == b.form and a.target == b.target
+        return same and a.reads == tuple(other.get(key, key) for key in b.reads) and not differs(b)
 
     for a, b in pairs:
         if a is None or b is None:
@@ -350,7 +352,19 @@ def _rows(pairs: Sequence[Pair], graph: str, differs: Callable[[Line], bool]) ->
             moved = twin is not None and twin.operation == line.operation
             yield Row("moved" if moved else "removed" if b is None else "added", a, b, graph)
         else:
-            yield Row("same" if (a is b and not differs(b)) or alike(a, b) else "changed", a, b, graph)
+            same = (a is b and not differs(b)) or alike(a, b)
+            yield Row("same", a, b, graph) if same else Row("changed", *_told_apart(a, b), graph)
+
+
+def _told_apart(a: Line, b: Line) -> tuple[Line, Line]:
+    """Two lines that differ; where they read alike, with the full names of what they call."""
+    if a.target == b.target or a.text != b.text:
+        return a, b
+    return tuple(dataclasses.replace(x, text=f"{x.text}  # {_full_name(x.target)}") for x in (a, b))  # type: ignore[return-value]
+
+
+def _full_name(target: Any) -> str:
+    return _get_qualified_name(target) if hasattr(target, "__name__") else str(target)
 
 
 def align(before: Sequence[Line], after: Sequence[Line]) -> list[Pair]:

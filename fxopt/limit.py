@@ -33,6 +33,8 @@ class Limit:
     @classmethod
     def parse(cls, text: str, transformations: Sequence[Recordable]) -> Limit:
         """The limit that ``text`` spells; raises `UsageError` where the pipeline has no such pass."""
+        if not isinstance(text, str):
+            raise UsageError(f"limit is {text!r}, expected a text such as 'FuseLinearGELU:1-30'")
         found = _SPELLING.fullmatch(text)
         places = found and [i for i, t in enumerate(transformations) if found["name"] in (name_of(t), t.signature)]
         if not found or not places:
@@ -49,6 +51,8 @@ class Limit:
 
 def _span(text: str) -> tuple[int, int]:
     first, _, last = text.partition("-")
+    if int(last or first) < int(first):
+        raise UsageError(f"limit with the numbers {text}: the first is larger than the last; write {last}-{first}")
     return int(first), int(last or first)
 
 

@@ -35,6 +35,7 @@ class Line:
     shape: str
     source: str  # the line of the model's source, or ""
     marks: tuple[str, ...]  # the transformations that created or changed it
+    target: Any = None  # the function that it calls: two may bear one name
 
     @property
     def name(self) -> str:
@@ -114,6 +115,7 @@ def _line(gm: GraphModule, node: Node, path: str) -> Line:
         shape=_shape(node.meta.get("val", node.meta.get("example_value"))),
         source=_source(str(node.meta.get("stack_trace") or "")),
         marks=tuple(map(str, node.meta.get(MARKS, ()))),
+        target=node.target if node.op == "call_function" else None,
     )
 
 

@@ -125,12 +125,20 @@ def main():
 '''
 _SCRIPT = '''
 def main():
-    """Run the script that bisected on the graph with the rewrite; run this from the folder where that was done."""
+    """Run the script that bisected, on the graph without the rewrite and on the graph with it."""
     import os
     import subprocess
 
-    done = subprocess.run($command, shell=True, env={**os.environ, "FXOPT_GRAPH": str(HERE / "after")})
-    again = 0 < done.returncode < 128 and done.returncode != 125
+    def run(graph):
+        where = $folder if os.path.isdir($folder) else None
+        environment = {**os.environ, "FXOPT_GRAPH": str(HERE / graph)}
+        return subprocess.run($command, shell=True, env=environment, cwd=where).returncode
+
+    if run("before") != 0:
+        print("the script does not pass on the graph without the rewrite, so it tells nothing here")
+        return 2
+    code = run("after")
+    again = 0 < code < 125
     print("$again" if again else "the failure does not show")
     return 1 if again else 0
 '''
@@ -361,14 +369,18 @@ def _source(transformation: Transformation) -> list[Path] | str:
         return f"the file of {kind.__qualname__} is not there any more"
 
 
-def of_script(after: GraphModule, case: InputSet, command: str, title: str, facts: Mapping[str, Any]) -> Repro:
-    """A reproducer of what a script says of a graph: the graph, and the command."""
+def of_script(
+    before: GraphModule, after: GraphModule, case: InputSet, command: str, title: str, facts: Mapping[str, Any]
+) -> Repro:
+    """A reproducer of what a script says of a graph: the graph without the rewrite and with it, and the command."""
     from fxopt.checks import write_graph
 
-    body = Template(_SCRIPT).substitute(again=AGAIN, command=repr(command))
+    body = Template(_SCRIPT).substitute(again=AGAIN, command=repr(command), folder=repr(os.getcwd()))
     writers = (
+        lambda folder: write_graph(before, folder / "before", case),
         lambda folder: write_graph(after, folder / "after", case),
         lambda folder: _write_script(folder, title, body),
+        lambda folder: _write_report(folder, title, diff(before, after)),
     )
     size = sum(n.op.startswith("call_") for n in after.graph.nodes)
     return Repro(title, facts, writers, (size, size))

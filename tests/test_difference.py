@@ -304,3 +304,19 @@ def test_both_columns_are_whole_and_in_order(left, right):
 def test_a_column_is_aligned_with_itself(side):
     before, after = ([line(f"n{key}", operation) for key, operation in side] for _ in range(2))
     assert [(a.key, b.key) for a, b in align(before, after)] == [(x.key, x.key) for x in before]
+
+
+def relu(x):
+    return x.abs()
+
+
+def test_functions_of_one_name_are_told_apart():
+    model = nn.Sequential(nn.Linear(2, 2))
+    gm, other = symbolic_trace(model), symbolic_trace(model)
+    for graph, function in ((gm.graph, torch.relu), (other.graph, relu)):
+        output = graph.output_node()
+        with graph.inserting_before(output):
+            output.args = (graph.create_node("call_function", function, output.args, name="relu"),)
+    found = diff(gm, other)
+    assert [row.kind for row in found.changes] == ["changed"]
+    assert "torch.relu" in str(found) and "test_difference.relu" in str(found)

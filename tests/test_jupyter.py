@@ -140,3 +140,14 @@ def test_an_empty_history_and_no_graph_module():
     assert stepper.last == 0 and stepper.status() == "0 of 0: before the first commit"
     with pytest.raises(UsageError, match=r"was given a ReLU, expected a torch.fx.GraphModule"):
         Stepper(nn.ReLU())
+
+
+def test_marks_that_say_nothing_are_refused(gm):
+    stepper = Stepper(gm)
+    with pytest.raises(UsageError, match=r"mark is 'Good', expected 'good' or 'bad'"):
+        stepper.mark("Good")
+    stepper.go(0)
+    with pytest.raises(UsageError, match="before the first commit cannot be bad"):
+        stepper.mark("bad")
+    with pytest.raises(UsageError, match=r"go\(1.5\)"):
+        stepper.go(1.5)

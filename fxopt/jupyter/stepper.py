@@ -60,7 +60,7 @@ class Stepper:
 
     def go(self, position: int) -> GraphModule:
         """Stand at ``position``; the graph module there, a copy."""
-        if not 0 <= position <= self.last:
+        if not isinstance(position, int) or not 0 <= position <= self.last:
             raise UsageError(f"go({position}) in a history of {self.last} rewrites; give 0 to {self.last}")
         self.at = position
         return self.state(position)
@@ -148,6 +148,10 @@ class Stepper:
 
     def mark(self, mark: Mark) -> None:
         """Say of the graph here that it is good or bad, and go where to look next: the middle of what is left."""
+        if mark not in ("good", "bad"):
+            raise UsageError(f"mark is {mark!r}, expected 'good' or 'bad'")
+        if mark == "bad" and self.at == 0:
+            raise UsageError("the graph before the first commit cannot be bad: no rewrite would be to blame")
         contrary = [p for p, m in self.marks.items() if m != mark and (p <= self.at if m == "bad" else p >= self.at)]
         for p in contrary:  # said later, known better
             del self.marks[p]

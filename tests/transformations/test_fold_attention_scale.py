@@ -283,7 +283,7 @@ def test_any_scale_computes_the_same(scale, scores, dialect, bias, seed):
     gm.recompile()
     expected, code = gm(*x), gm.code
     FoldAttentionScale()(gm)
-    assert len(history(gm)[-1].rewrites) == 1
+    assert len(history(gm)[-1].rewrites) == (scale != 1)  # which scales nothing
     torch.testing.assert_close(gm(*x), expected, rtol=1e-9, atol=1e-12)
     FoldAttentionScale().reverse(gm)
     assert gm.code == code and torch.equal(gm(*x), expected)
