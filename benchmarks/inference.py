@@ -6,9 +6,9 @@
 Built-in models, float32 on the CPU, captured with dynamic batch and sequence. Eager, the capture as it is and the
 result of the pipeline (with `--steps`: after each pass) are timed in interleaved rounds in one process; the interval
 is that of the median ratio at 95 %. With `--processes N` each model is measured in N fresh processes, and the median
-of their ratios and the least and greatest are printed: eager ResNet takes 57 or 70 ms, as its process's heap happens
-to give memory back to the system between two calls or to keep it. The error is the largest |a - e| / (1 + |e|) over
-all outputs, e being eager's. `--check` exits with 1 where a model misses its aim, or its error is above 1e-4.
+of their ratios and the least and greatest are printed: eager ResNet-50 takes 57 to 73 ms from process to process. The
+error is the largest |a - e| / (1 + |e|) over all outputs, e being eager's. `--check` exits with 1 where a model
+misses its aim, or its error is above 1e-4.
 """
 
 from __future__ import annotations
