@@ -16,6 +16,12 @@ from fxopt.search import Verdict
 from fxopt.transformation import Transformation
 
 
+NO_SOURCE = (
+    "no line of the source: the graph records none; fxopt.capture does, "
+    "and symbolic_trace with torch.fx.Tracer.record_stack_traces = True"
+)
+
+
 @dataclass(frozen=True)
 class Probe:
     """One graph that was asked about."""
@@ -140,8 +146,8 @@ class Bisection:
         """The result in words, one fact a line; the limits that lead to the last good and the first bad if asked."""
         told = [self.summary]
         for r in self.interacting or (() if self.rewrite is None else (self.rewrite,)):
-            told += [f"  in {r.module_path}" if r.module_path else "", f"  from {r.source}" if r.source else ""]
-            told.append(f"  {_counts(r)}")
+            told += [f"  in {r.module_path}" if r.module_path else "", f"  from {r.source or NO_SOURCE}"]
+            told.append(f"  {r.summary}")
         told += [f"  {r.id}" for r in self.suspects]
         told += [f"  hint: {h}" for h in self.hints]
         if self.failure is not None:
@@ -152,11 +158,6 @@ class Bisection:
         told += [f"  first bad: limit={self.first_bad!r}"] if limits and self.first_bad else []
         told += [f"  note: {n}" for n in self.notes]
         return list(filter(None, told))
-
-
-def _counts(r: Rewrite) -> str:
-    changes = ((len(r.removed), "removed"), (len(r.created), "created"), (len(r.changed), "changed"))
-    return "nodes: " + (", ".join(f"{count} {what}" for count, what in changes if count) or "none, only their order")
 
 
 def _described(r: Rewrite) -> dict[str, Any]:

@@ -123,6 +123,8 @@ def optimize(
         if not result.keeps_class:
             kind = type(loaded).__name__
             out.print(f"saved as a graph: fxopt.load gives a graph module, no {kind}", highlight=False)
+        for failed in result.failed:  # whoever loads it should know
+            out.print(f"saved with a failure in {failed}", style="red", highlight=False, markup=False)
         out.print(f"saved to {save}; `fxopt log {save}` shows its history", highlight=False)
     if not result.ok:
         raise typer.Exit(1)

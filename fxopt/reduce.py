@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxopt.delta import Ref, Snapshot, share, snapshot
@@ -146,12 +147,13 @@ class _Runner(Interpreter):
         self.extra_traceback = False
         self._trace = trace
         self._last: dict[int, str] = {}  # the last node that wrote to a storage
+        self._seen: dict[int, StorageWeakRef] = {}  # as long as they are held, no new storage takes the place of one
 
     def run_node(self, n: Node) -> Any:
         trace, name = self._trace, n.name
         read = [self.env[i] for i in n.all_input_nodes if i in self.env]
         tensors = [t for t in tree_leaves(read) if isinstance(t, Tensor)]
-        memory = {id(t): _storage(t) for t in tensors}
+        memory = {id(t): self._storage(t) for t in tensors}
         trace.feeds[name] = {i.name for i in n.all_input_nodes}
         trace.feeds[name] |= {self._last[s] for s in memory.values() if s in self._last}
         versions = [_version(t) for t in tensors]
@@ -168,18 +170,21 @@ class _Runner(Interpreter):
                     trace.writers.append(name)
         if n.op != "output":
             made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-            trace.storages[name] = {s for t in made if (s := _storage(t))}
+            trace.storages[name] = {s for t in made if (s := self._storage(t))}
             trace.values[name] = result if n.op == "get_attr" else _copied(result)
         return result
+
+    def _storage(self, tensor: Tensor) -> int:
+        """A number for the tensor's memory: not its address, which the next tensor may get once this one is freed."""
+        if tensor.layout is not torch.strided or tensor.is_mkldnn or tensor.device.type == "meta":
+            return 0
+        held = StorageWeakRef(tensor.untyped_storage())
+        self._seen.setdefault(held.cdata, held)
+        return held.cdata
 
 
 def _copied(value: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.detach().clone() if t.layout is torch.strided else t, value)
-
-
-def _storage(tensor: Tensor) -> int:
-    plain = tensor.layout is torch.strided and not tensor.is_mkldnn and tensor.device.type != "meta"
-    return tensor.untyped_storage().data_ptr() if plain else 0
 
 
 def _version(tensor: Tensor) -> int:
