@@ -148,6 +148,9 @@ def bisect(
         Path | None, typer.Option("--out", help="Keep the journal, the result and the reproducer in this folder.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the journal in --out.")] = False,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Ask so often of each graph: a check that says several things is flaky.")
+    ] = 1,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - is stdout.")] = None,
     graph: Annotated[str | None, typer.Option(help="Only this graph: forward, prefill, decode, …")] = None,
     device: Device = "cpu",
@@ -174,7 +177,7 @@ def bisect(
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
     name, found = frontend.bisect(
-        loaded, inputs, passes, check or "outputs", script, graph, rtol, atol, out_, resume, say
+        loaded, inputs, passes, check or "outputs", script, graph, rtol, atol, out_, resume, say, repeat
     )
     for line in found.lines(limits=False):
         say(line)

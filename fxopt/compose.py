@@ -309,8 +309,8 @@ class Pipeline(ReversibleTransformation):
             apart = [r.part.id for i, r in enumerate(done.rewrites, 1) if not limit.keeps(i)]
             undo_rewrites(gm, done.index, apart)
             done, rewrites = history(gm)[-1], rewrites - len(apart)
-        if not rewrites and limit is not None and (there := len(history(gm)[-1].rewrites)):
-            return Step(t, 0, (nodes, nodes), seconds, note=f"none of its {there} rewrites, by the limit")
+        if not rewrites and limit is not None and (made := len(history(gm)[-1].rewrites)):
+            return Step(t, 0, (nodes, nodes), seconds, note=f"none of its {made} rewrites, by the limit")
         if not rewrites:
             misses = sum(1 for _ in t.misses(gm))
             note = f"did nothing; {misses} near-miss{'es' * (misses != 1)}" if misses else "did nothing"
@@ -504,11 +504,12 @@ def compose(
     ``inplace``: False works on a copy.  ``verify``: check every step against the original's own numbers
     (`fxopt.verify`).  ``benchmark``: time every step, as it stands in the sequence and alone on the original
     (`fxopt.benchmark`).  Both need ``example_inputs``: a tuple is positional, a dict is keywords.
-    ``on_failure``: a step that fails or computes something else raises ("raise"; nothing is changed) or is taken back
-    alone ("undo"), or stays and is only said ("keep").  ``on_regression``: "undo" takes back a step that is measurably slower.  ``rtol``, ``atol``: see
-    `fxopt.verify`.  ``rounds``, ``warmup``: see `fxopt.benchmark`.  ``show``: print progress and the table; by default
-    where something is asked and a person watches.  ``limit``: run a part of the pipeline, as in "FuseLinearGELU:1-30":
-    what comes before FuseLinearGELU, its first 30 rewrites, and nothing after (`fxopt.limit.Limit`).
+    ``on_failure``: a step that fails or computes something else raises ("raise"; nothing is changed), is taken back
+    alone ("undo"), or stays and is only said ("keep").  ``on_regression``: "undo" takes back a step that is measurably
+    slower.  ``rtol``, ``atol``: see `fxopt.verify`.  ``rounds``, ``warmup``: see `fxopt.benchmark`.  ``show``: print
+    progress and the table; by default where something is asked and a person watches.  ``limit``: run a part of the
+    pipeline, as in "FuseLinearGELU:1-30": what comes before FuseLinearGELU, its first 30 rewrites, and nothing after
+    (`fxopt.limit.Limit`).
     """
     for name, value, allowed in (
         ("on_failure", on_failure, ("raise", "undo", "keep")),

@@ -254,6 +254,7 @@ def bisect(
     out: Path | None = None,
     resume: bool = False,
     say: Callable[[str], None] = print,
+    repeat: int = 1,
 ) -> tuple[str, Bisection]:
     """
     Bisect the graph named ``graph``, or else each in turn until one fails; its name, and the result.
@@ -273,7 +274,7 @@ def bisect(
             asked = check if script is None else ByScript(script, gm, inputs)
             place = out if name == "forward" or out is None else out / name.replace(" ", "-")
             result = bisect_graph(
-                gm, steps, asked, inputs, rtol=rtol, atol=atol, directory=place, resume=resume, say=say
+                gm, steps, asked, inputs, rtol=rtol, atol=atol, directory=place, resume=resume, repeat=repeat, say=say
             )
             if result.reproduced or name == graph:
                 if place is not None and result.repro is not None and result.repro.confirmed:

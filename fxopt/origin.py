@@ -55,9 +55,10 @@ def _class(named: Any) -> type | None:
 
 def _named(name: str) -> list[type]:
     """The module class of that name, if there is just one, and not torch's."""
-    found, waiting = set(), [nn.Module]
+    found: set[type] = set()
+    waiting: list[type] = [nn.Module]
     while waiting:
-        new = {c for kind in (waiting.pop(),) for c in kind.__subclasses__()} - found
+        new = set(type.__subclasses__(waiting.pop())) - found
         found |= new
         waiting += new
     named = [c for c in found if c.__name__ == name and not c.__module__.startswith("torch.")]
@@ -96,9 +97,8 @@ def _calls(tree: ast.AST, op: str, name: str) -> Iterator[int]:
             last = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
             if last == name:
                 yield node.lineno
-        elif op == "call_function" and isinstance(node, ast.BinOp | ast.UnaryOp):
-            if _OPERATORS.get(type(node.op)) == name:
-                yield node.lineno
+        elif isinstance(node, ast.BinOp | ast.UnaryOp) and op == "call_function":
+            yield from [node.lineno] if _OPERATORS.get(type(node.op)) == name else ()
 
 
 _OPERATORS = {

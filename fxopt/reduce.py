@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from fxopt.snapshot import Record
 
 Pair = tuple[str | None, str | None]  # a value of the graph before, and the one that takes its place after
 Fails = Callable[[GraphModule, GraphModule, tuple[Any, ...]], bool]
-_MOST = 24  # parts that are tried
 GUARDS = "_guards_fn"  # torch.export's check of the input shapes; it computes nothing
 _KEPT = ("nn_module_stack", "stack_trace")
 
@@ -48,22 +47,31 @@ class Cut:
         return before, after
 
 
-def reduce(before: GraphModule, after: GraphModule, case: InputSet, fails: Fails, timed: bool = False) -> Cut | None:
+def reduce(
+    before: GraphModule,
+    after: GraphModule,
+    case: InputSet,
+    fails: Fails,
+    by: Literal["values", "ends", "both"] = "values",
+    most: int = 24,
+    whole: bool = True,
+) -> Cut | None:
     """
-    The smallest part of ``before`` and ``after``, as `_candidates` orders them, for which ``fails`` holds.
+    The smallest part of ``before`` and ``after``, as `_Scene.candidates` orders them, for which ``fails`` holds.
 
-    The last one tried is all of both graphs; None if not even that fails.  ``timed``: what is asked is not a value, so
-    only all the places where they differ, and all of both graphs, are tried.
+    ``by``: where a part may end; "values" where the two first differ in value, then later; "ends" at all the ends of
+    what was rewritten, where the failure is no value; "both" there first.  At most ``most`` are tried, and last all of
+    both graphs, if ``whole``; None if not even that fails.
     """
-    old, new = Trace.of(before, case), Trace.of(after, case)
-    scene = _Scene(old, new)
-    pairs = [scene.replaced()] if timed else [[p] for p in scene.candidates()]
-    cuts = [scene.cut(scene.effects(), returned=False)] if not timed else []
-    for cut in itertools.chain(cuts, map(scene.cut, _spread(pairs, _MOST))):
+    scene = _Scene(Trace.of(before, case), Trace.of(after, case))
+    ends = [scene.replaced()] if by != "values" else []
+    values = [[p] for p in scene.candidates()] if by != "ends" else []
+    cuts = [scene.cut(scene.effects(), returned=False)] if by == "values" else []
+    for cut in itertools.chain(cuts, map(scene.cut, [*ends, *_spread(values, most - len(ends))])):
         if cut is not None and fails(cut.before, cut.after, cut.inputs):
             return cut
-    whole = scene.whole()
-    return whole if fails(whole.before, whole.after, whole.inputs) else None
+    everything = scene.whole() if whole else None
+    return everything if everything and fails(everything.before, everything.after, everything.inputs) else None
 
 
 def shortest(gm: GraphModule, fails: Callable[[GraphModule], bool]) -> GraphModule:
@@ -180,7 +188,7 @@ class _Runner(Interpreter):
             return 0
         held = StorageWeakRef(tensor.untyped_storage())
         self._seen.setdefault(held.cdata, held)
-        return held.cdata
+        return int(held.cdata)
 
 
 def _copied(value: Any) -> Any:

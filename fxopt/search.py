@@ -88,10 +88,12 @@ def prefix(count: int) -> Items:
     return frozenset(range(1, count + 1))
 
 
-def minimized(items: Items, ask: Ask) -> Items:
+def minimized(items: Items, ask: Ask, most: int | None = None) -> Items:
     """
     A part of ``items``, which are bad, that is bad itself and of which no single item can be left out.
 
+    With ``most``, they are cut into no more pieces than that, and what is left may be larger: it asks less where little
+    can be judged.
     Delta debugging: Zeller and Hildebrandt, IEEE TSE 28(2), 2002; a skipped set counts as one that does not fail.
     """
     found, pieces = sorted(items), 2
@@ -99,7 +101,7 @@ def minimized(items: Items, ask: Ask) -> Items:
         smaller = _smaller(found, pieces, ask)
         if smaller is not None:
             found, pieces = smaller
-        elif pieces >= len(found):
+        elif pieces >= min(len(found), most or len(found)):
             break
         else:
             pieces = min(len(found), 2 * pieces)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from fxopt.compose import Pipeline, adopt
 from fxopt.delta import share
-from fxopt.errors import FxoptError, TransformationError
+from fxopt.errors import FxoptError, TransformationError, UsageError
 from fxopt.history import Commit, Rewrite, commits, history, undo_rewrites
 from fxopt.search import Items
 from fxopt.split import Part
@@ -139,6 +139,8 @@ def flat(pipeline: object) -> list[Transformation]:
 def _flattened(given: Sequence[object]) -> Iterator[Transformation]:
     for one in given:
         t = adopt(one)
+        if isinstance(t, Pipeline) and t.limit is not None:
+            raise UsageError("bisect was given a pipeline with a limit; give the passes up to it, without the limit")
         if isinstance(t, Pipeline):
             yield from t.transformations
         else:
