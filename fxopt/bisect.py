@@ -276,7 +276,10 @@ class _Search(Probing):
         self.say("running the reproducer in a fresh process")
         tried = made.confirm()
         if FLAKY in tried.note:
-            return replace(found, repro=tried, flaky=True, notes=(*found.notes, tried.note))
+            notes = (*found.notes, tried.note)
+            return replace(found, repro=tried, flaky=True, notes=notes, transformation=None, rewrite=None, hints=())
+        if not tried.confirmed and isinstance(self.check, ByCall | ByScript) and self.repeat == 1:
+            found = replace(found, notes=(*found.notes, "whether the check is flaky, repeat=3 (--repeat 3) tells"))
         return replace(found, repro=tried)
 
     def _broken(self, confirm: bool) -> Bisection:
@@ -314,6 +317,9 @@ class _Search(Probing):
         self._advise()
         good, bad = self.limit(low), self.limit(high)
         if len(items) <= _MOST_TOGETHER and len(items) < high - low:
+            for n in sorted(items) if len(items) > 1 else ():
+                if self.record(prefix(low) | items - {n}) == "skip":
+                    self.notes.append(f"whether it fails without {self.trials.rewrite(n).id} could not be judged")
             found = self._result(self.trials.stage(max(items)), items, max(items))
             found = replace(found, last_good=good, first_bad=bad)
             return self._reproduced(found, items, prefix(low), tolerances, confirm)

@@ -163,7 +163,7 @@ class Bisection:
     def lines(self, limits: bool = True) -> list[str]:
         """The result in words, one fact a line; the limits that lead to the last good and the first bad if asked."""
         told = [self.summary]
-        for r in self.interacting or (() if self.rewrite is None else (self.rewrite,)):
+        for r in () if self.flaky else self.interacting or (() if self.rewrite is None else (self.rewrite,)):
             told += [f"  in {r.module_path}" if r.module_path else "", f"  from {r.source or NO_SOURCE}"]
             told.append(f"  {r.summary}")
         told += [f"  {r.id}" for r in self.suspects]

@@ -483,11 +483,28 @@ class Rewrite:
         """The line of the model's source that the removed or changed nodes come from; None where nothing tells."""
         for key in (*self.removed, *self.changed, *self.created):
             records = self.part.delta.nodes[key]
-            root = type(self.gm).__name__ if "::" not in key else ""
+            root = self._root if "::" not in key else ""
             for record, meta in zip(records, self.part.delta.metas.get(key, (None, None)), strict=True):
                 if record is not None and (found := source_of(meta or {}, record.op, record.target, root)):
                     return found
-        return self._source_of_readers()
+        return self._source_of_operands() or self._source_of_readers()
+
+    @property
+    def _root(self) -> str:
+        """The name of the class that was traced; "" where the nodes know their lines themselves."""
+        recorded = any("stack_trace" in n.meta for n in self.gm.graph.nodes)
+        return "" if recorded else type(self.gm).__name__
+
+    def _source_of_operands(self) -> str | None:
+        """Where it only added operations: the line of what they read."""
+        nodes = {n.name: n for n in self.gm.graph.nodes}
+        for key in self.created if not self.removed else ():
+            record = self.part.delta.nodes[key][1]
+            for name in record.refs() if record is not None and "::" not in key else ():
+                n = nodes.get(name)
+                if n is not None and (found := source_of(n.meta, n.op, n.target, self._root)):
+                    return found
+        return None
 
     def _source_of_readers(self) -> str | None:
         """Where only tensors changed: the line that reads one of them."""
@@ -497,7 +514,7 @@ class Rewrite:
                 continue
             if any(p == node.target or p.startswith(f"{node.target}.") for p in paths):
                 readers = [node] if node.op == "call_module" else list(node.users)
-                found = (source_of(n.meta, n.op, n.target, type(self.gm).__name__) for n in readers)
+                found = (source_of(n.meta, n.op, n.target, self._root) for n in readers)
                 return next(filter(None, found), None)
         return None
 

@@ -58,7 +58,7 @@ def _named(name: str) -> list[type]:
     found: set[type] = set()
     waiting: list[type] = [nn.Module]
     while waiting:
-        new = set(type.__subclasses__(waiting.pop())) - found
+        new: set[type] = {*type.__subclasses__(waiting.pop())} - found
         found |= new
         waiting += new
     named = [c for c in found if c.__name__ == name and not c.__module__.startswith("torch.")]

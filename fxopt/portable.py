@@ -117,7 +117,7 @@ class _Writer:
             if self._known[name] is not value:
                 raise NotPortable(f"{where}, and another thing has that name too")
             return
-        if isinstance(value, types.ModuleType):
+        if isinstance(value, types.ModuleType) and sys.modules.get(value.__name__) is value:
             self.imports.append(f"import {value.__name__} as {name}")
             self._copy(value.__name__, getattr(value, "__file__", None))
         elif isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
@@ -152,6 +152,10 @@ class _Writer:
             return repr(value) if math.isfinite(value) else f"float({str(value)!r})"
         if isinstance(value, torch.dtype):
             return f"__import__('torch').{str(value).removeprefix('torch.')}"
+        if isinstance(value, types.ModuleType | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            text = f"torch.ops.{value}" if not isinstance(value, types.ModuleType) else value.__name__
+            if text.startswith("torch.ops."):  # a namespace of operators, or one of them
+                return f"__import__('torch').{text.removeprefix('torch.')}"
         if isinstance(value, torch.device):
             return f"__import__('torch').device({str(value)!r})"
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_mkldnn:
@@ -217,7 +221,7 @@ def _source(thing: Any) -> tuple[str, str]:
             tree = ast.parse("".join(lines))
         except SyntaxError:
             continue
-        node = _definition(tree, thing, function.__code__.co_firstlineno)
+        node = _definition(tree, thing, function.__code__)
         if isinstance(node, ast.Lambda):
             return f"judged = {ast.get_source_segment(''.join(lines), node)}", "judged"
         if node is not None:
@@ -229,25 +233,23 @@ def _source(thing: Any) -> tuple[str, str]:
 Definition = ast.FunctionDef | ast.ClassDef | ast.Lambda
 
 
-def _definition(tree: ast.AST, thing: Any, line: int) -> Definition | None:
-    """What in ``tree`` defines ``thing``, whose code (for a class, that of one of its methods) begins at ``line``."""
-    kind: type[Definition] = ast.ClassDef if isinstance(thing, type) else ast.FunctionDef
-    kind = ast.Lambda if thing.__name__ == "<lambda>" else kind
-    found: list[Definition] = []
-    for node in ast.walk(tree):
-        if not isinstance(node, kind):
-            continue
+def _definition(tree: ast.AST, thing: Any, code: types.CodeType) -> Definition | None:
+    """What in ``tree`` defines ``thing``, whose code (for a class, that of one of its methods) is ``code``."""
+    line, places = code.co_firstlineno, set(code.co_positions())
+    found: Definition | None = None
+    for node in ast.walk(tree):  # the outer ones first
         if isinstance(node, ast.ClassDef):
-            right = node.name == thing.__name__ and node.lineno <= line <= (node.end_lineno or 0)
+            right = isinstance(thing, type) and node.lineno <= line <= (node.end_lineno or 0)
         elif isinstance(node, ast.FunctionDef):
-            right = node.name == thing.__name__ and line in {node.lineno, *(d.lineno for d in node.decorator_list)}
+            right = line in {node.lineno, *(d.lineno for d in node.decorator_list)} and not isinstance(thing, type)
+        elif isinstance(node, ast.Lambda) and thing.__name__ == "<lambda>":  # several may stand on one line
+            body = node.body
+            right = (body.lineno, body.end_lineno, body.col_offset, body.end_col_offset) in places
         else:
-            right = node.lineno == line
-        if right:
-            found.append(node)
-    if len(found) > 1 and kind is ast.Lambda:
-        return None
-    return found[-1] if found else None
+            continue
+        if right and getattr(node, "name", thing.__name__) == thing.__name__:
+            found = node
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ a digest

@@ -248,7 +248,8 @@ class _Scene:
 
     def candidates(self) -> list[Pair]:
         """Values that take each other's place and differ, the first in the graph first."""
-        common = [(n, n) for n in self.old.values if n in self.open and n in self.new.values]
+        state = {n.name for n in self.new.gm.graph.nodes if n.op == "get_attr"}  # what reads it shows more
+        common = [(n, n) for n in self.old.values if n in self.open and n in self.new.values and n not in state]
         ends = [p for p in zip(_results(self.old.gm), _results(self.new.gm), strict=False) if p[0] in self.open]
         pairs: list[Pair] = list(dict.fromkeys([*self.replaced(), *common, *ends]))
         place = {name: i for i, name in enumerate(self.new.feeds)}

@@ -109,7 +109,9 @@ class Trials:
         kept: set[str] = set()
         for number in sorted(some):
             part = stage.parts[number - stage.first]
-            if (found := _recognised(part, fresh, kept)) is None:
+            alike = len(some) == len(stage.parts) == len(fresh.parts)
+            found = _recognised(part, fresh, kept) or (fresh.parts[number - stage.first].id if alike else None)
+            if found is None or found in kept:
                 raise Unbuildable(f"without the rest there is no rewrite {part.id} of {stage.transformation.signature}")
             kept.add(found)
         _take_back(gm, [p.id for p in fresh.parts if p.id not in kept])
