@@ -33,11 +33,12 @@ from fxopt.repro import Repro, folder_at
 from fxopt.repro_texts import FLAKY
 from fxopt.reproduce import of_check, of_pass, of_rewrite
 from fxopt.samples import InputSet, normal_form
-from fxopt.search import Items, Journal, complete, halve, minimized, prefix
+from fxopt.search import Items, Journal, Verdict, complete, halve, minimized, prefix
 from fxopt.shapes import propagate
 from fxopt.trials import Stage, Trials, flat, spans
 
 JOURNAL = "bisect.jsonl"
+_PATIENCE = 8  # how many that cannot be judged are asked in a row, before some of the suspects are left out instead
 _MOST_PIECES = 8  # into which suspects are cut that cannot be judged one after the other
 _MOST_TOGETHER = (
     8  # rewrites that are called guilty together; of more, it is only said that they could not be told apart
@@ -144,7 +145,7 @@ class _Search(Probing):
             return replace(self._result(), failure=None)
         assert self.failure is not None
         low, high = self._transformation()
-        low, high = halve(low, high, lambda k: self.record(prefix(k)))
+        low, high = halve(low, high, self._prefix, _PATIENCE)
         if high - low > 1:
             return self._undecided(low, high, tolerances, confirm)
         return self._guilty(high, tolerances, confirm)
@@ -314,6 +315,11 @@ class _Search(Probing):
     ) -> Bisection:
         """The result, where all between ``low``, which is good, and ``high``, which is bad, was skipped."""
         items = self._bad_alone(low, high)
+        if len(items) > _MOST_TOGETHER or len(items) == high - low:
+            low, high = halve(low, high, self._prefix)
+            if high - low == 1:
+                return self._guilty(high, tolerances, confirm)
+            items = items & frozenset(range(low + 1, high + 1))
         self._advise()
         good, bad = self.limit(low), self.limit(high)
         if len(items) <= _MOST_TOGETHER and len(items) < high - low:
@@ -329,6 +335,9 @@ class _Search(Probing):
             found = replace(found, transformation=next(iter(stages.values())).transformation)
         suspects = tuple(self.trials.rewrite(n) for n in sorted(items))
         return replace(found, suspects=suspects, last_good=good, first_bad=bad)
+
+    def _prefix(self, count: int) -> Verdict:
+        return self.record(prefix(count))
 
     def _bad_alone(self, low: int, high: int) -> Items:
         """

@@ -258,7 +258,8 @@ def _definition(tree: ast.AST, thing: Any, code: types.CodeType) -> Definition |
 def digest(thing: Any) -> str:
     """A text that is another one where the code of ``thing`` is: of a function, a class, or an instance of one.
 
-    Covers what it refers to in its own module, and the plain values and tensors that it is bound to.
+    Covers what it refers to in its own module, and the numbers, texts and tensors that it is bound to; not what a list
+    or a dict holds, which may be all that it has seen.
     """
     hashed = hashlib.sha256()
     for line in _described(thing, set()):
@@ -281,7 +282,7 @@ def _described(value: Any, seen: set[int]) -> Iterator[str]:
     if isinstance(value, types.FunctionType):
         seen.add(id(value))
         yield from _code(value.__code__)
-        yield from _described((value.__defaults__, value.__kwdefaults__), seen)
+        yield from _described((value.__defaults__, tuple((value.__kwdefaults__ or {}).items())), seen)
         for name, used in _used(value):
             yield name
             yield from _described(used, seen)
@@ -297,18 +298,14 @@ def _described(value: Any, seen: set[int]) -> Iterator[str]:
         yield f"{value.dtype} {tuple(value.shape)} {total(value)}"
     elif isinstance(value, torch.nn.Module):
         yield type(value).__qualname__
-        yield from _described(value.state_dict(), seen)
-    elif isinstance(value, tuple | list):
+        yield from _described(tuple(value.state_dict().items()), seen)
+    elif isinstance(value, tuple):
         for item in value:
-            yield from _described(item, seen)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
             yield from _described(item, seen)
     elif value is None or isinstance(value, bool | int | float | str | bytes):
         yield repr(value)
     elif hasattr(value, "func") and hasattr(value, "args"):  # functools.partial
-        yield from _described((value.func, value.args, getattr(value, "keywords", None)), seen)
+        yield from _described((value.func, value.args, tuple(getattr(value, "keywords", {}).items())), seen)
     else:
         yield from _described(type(value), seen) if callable(value) else ()
 

@@ -24,16 +24,21 @@ Ask = Callable[[Items], Verdict]
 # ------------------------------------------------------------------------------------------------------------ halving
 
 
-def halve(low: int, high: int, ask: Callable[[int], Verdict]) -> tuple[int, int]:
+def halve(low: int, high: int, ask: Callable[[int], Verdict], patience: int | None = None) -> tuple[int, int]:
     """
     Where good turns bad: (low, high) with `low` good and `high` bad, next to each other.
 
-    They stay further apart only if everything between them was skipped.  ``low`` is known as good and ``high`` as bad;
-    without skips this asks ⌈log₂(high − low)⌉ times.
+    They stay further apart only if everything between them was skipped, or the last ``patience`` asked were.  ``low``
+    is known as good and ``high`` as bad; without skips this asks ⌈log₂(high − low)⌉ times.
     """
     skipped: set[int] = set()
-    while (middle := next((k for k in _middles(low, high) if k not in skipped), None)) is not None:
+    in_a_row = 0
+    while (
+        in_a_row != patience
+        and (middle := next((k for k in _middles(low, high) if k not in skipped), None)) is not None
+    ):
         verdict = ask(middle)
+        in_a_row = in_a_row + 1 if verdict == "skip" else 0
         if verdict == "skip":
             skipped.add(middle)
         elif verdict == "good":
