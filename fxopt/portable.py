@@ -179,6 +179,8 @@ def _scope(thing: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for function in functions:
         found |= function.__globals__
+    for kind in thing.__bases__ if isinstance(thing, type) else ():
+        found.setdefault(kind.__name__, kind)
     for function in functions:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if name == "__class__":
