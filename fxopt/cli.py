@@ -123,6 +123,8 @@ def optimize(
         if not result.keeps_class:
             kind = type(loaded).__name__
             out.print(f"saved as a graph: fxopt.load gives a graph module, no {kind}", highlight=False)
+        for failed in result.failed:  # whoever loads it should know
+            out.print(f"saved with a failure in {failed}", style="red", highlight=False, markup=False)
         out.print(f"saved to {save}; `fxopt log {save}` shows its history", highlight=False)
     if not result.ok:
         raise typer.Exit(1)
@@ -146,6 +148,9 @@ def bisect(
         Path | None, typer.Option("--out", help="Keep the journal, the result and the reproducer in this folder.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the journal in --out.")] = False,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Ask so often of each graph: a check that says several things is flaky.")
+    ] = 1,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - is stdout.")] = None,
     graph: Annotated[str | None, typer.Option(help="Only this graph: forward, prefill, decode, …")] = None,
     device: Device = "cpu",
@@ -172,7 +177,7 @@ def bisect(
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
     name, found = frontend.bisect(
-        loaded, inputs, passes, check or "outputs", script, graph, rtol, atol, out_, resume, say
+        loaded, inputs, passes, check or "outputs", script, graph, rtol, atol, out_, resume, say, repeat
     )
     for line in found.lines(limits=False):
         say(line)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxopt.delta import Delta, diff, plain_meta
+from fxopt.delta import Delta, diff, keep_name, plain_meta
 from fxopt.errors import TransformationError
 from fxopt.forward import quicken
 from fxopt.snapshot import Record, Snapshot, by_name, by_node, graphs, snapshot
@@ -198,6 +198,7 @@ def _deepcopy(gm: GraphModule, memo: dict[int, Any]) -> GraphModule:
         if name not in _MADE_ANEW:
             twin.__dict__[name] = copy.deepcopy(value, memo)
     name_alike(gm, twin)
+    keep_name(gm, twin)
     if commits(gm) or _WORK in gm.meta:
         pending = copy.deepcopy(foreign(gm, snapshot(gm)), memo)
         store(twin, commits(twin), snapshot(twin), pending)
