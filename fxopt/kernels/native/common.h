@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -21,6 +24,9 @@
 #else
 #define FXOPT_KEEP(v)
 #endif
+
+// Keeps a pointer in a register of its own, where GCC would make one for every address.
+#define FXOPT_KEEP_POINTER(p) asm("" : "+r"(p))
 
 namespace fxopt {
 
