@@ -1,0 +1,2 @@
+"""Triton."""
+AVAILABLE = False
