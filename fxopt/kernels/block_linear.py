@@ -13,6 +13,7 @@ same to the bit for any number of tokens and threads. Half precision is summed i
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class _Blocks:
         self.data, self.transposed, self.grid = data, transposed, (rows, index.numel() - 3 * nnz - 1)
         self.row, self.t_row, self.t_place = index[:nnz], index[nnz : 2 * nnz], index[2 * nnz : 3 * nnz]
         self.weight_col, self.t_crow = col, index[3 * nnz :]
+        self.place: Tensor | None
         if transposed:
             self.crow, self.col, self.place = self.t_crow, self.t_row, self.t_place
             self.columns, self.rows = self.grid
@@ -134,7 +136,7 @@ def _torch_product(x: Tensor, blocks: _Blocks, bias: Tensor | None, features: in
     if x.is_cpu:
         y = x.new_zeros(x.shape[0], blocks.rows * blocks.outer)
         parts, ends = x.view(-1, blocks.columns, blocks.inner), blocks.crow.tolist()
-        for r, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for r, (begin, end) in enumerate(itertools.pairwise(ends)):
             if begin < end:
                 read = parts.index_select(1, blocks.col[begin:end]).view(x.shape[0], -1)
                 here = y[:, r * blocks.outer : (r + 1) * blocks.outer]
@@ -177,10 +179,8 @@ def block_view(weight: Tensor, block: tuple[int, int]) -> Tensor:
 # --- the gradient of the blocks --------------------------------------------------------------------------------------
 
 
-def _block_gradient(
-    g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tensor, index: Tensor
-) -> Tensor:
-    """The blocks of gᵀ @ x where `data` has blocks: g (…, out), x (…, in) -> (nnz, bo, bi). Of `data`, only the shape."""
+def _block_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tensor, index: Tensor) -> Tensor:
+    """The blocks of gᵀ @ x where `data` has blocks: g (…, out), x (…, in) -> a tensor as `data`."""
     if g.dtype != x.dtype or g.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"{tuple(g.shape)} of {g.dtype} and {tuple(x.shape)} of {x.dtype} are not of the same tokens")
     blocks = _Blocks(data, crow, col, index, False)
@@ -214,7 +214,7 @@ def _torch_gradient(g: Tensor, x: Tensor, blocks: _Blocks) -> Tensor:
         return block_view(g.t() @ x, (blocks.outer, blocks.inner))[blocks.row.long(), blocks.col.long()]
     out = torch.empty(blocks.data.shape, dtype=x.dtype)
     parts, ends = x.view(-1, blocks.columns, blocks.inner), blocks.crow.tolist()
-    for r, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for r, (begin, end) in enumerate(itertools.pairwise(ends)):
         if begin < end:
             read = parts.index_select(1, blocks.col[begin:end]).view(x.shape[0], -1)
             product = g[:, r * blocks.outer : (r + 1) * blocks.outer].t() @ read
@@ -250,9 +250,9 @@ def _fake_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tensor
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, data, bias, crow, col, index, _, transposed = (*inputs, False)[:8]
-    ctx.save_for_backward(x, data, crow, col, index)
-    ctx.transposed = transposed
+    x, data, _, *where = inputs
+    ctx.save_for_backward(x, data, *where[:3])
+    ctx.transposed = len(where) > 4 and where[4]
 
 
 def _linear_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:

@@ -1,2 +1,3 @@
 """Triton."""
+
 AVAILABLE = False

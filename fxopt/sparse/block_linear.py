@@ -93,13 +93,13 @@ class BlockSparseLinear(nn.Module):
         rescale: bool = False,
     ) -> BlockSparseLinear:
         """
-        A block-sparse layer made of `linear` (a `torch.nn.Linear`, or a `Conv1D` of transformers), whose bias it shares.
+        A block-sparse layer made of `linear` (`torch.nn.Linear`, or transformers' `Conv1D`), whose bias it shares.
 
         What is kept: the share `density` of the blocks, chosen by `select` (see `fxopt.sparse.kept_blocks`), or what
         `mask` says (blocks, or elements of which whole blocks are kept). `inputs` (…, in): typical inputs, which
         "activation" and `rescale` go by; `rescale` scales each output to make up for what is left out.
         """
-        if mask is None and density is not None and not isinstance(density, float | int):
+        if density is not None and not isinstance(density, float | int):
             density, mask = None, density
         block = checked_block(block_shape)
         weight, bias = dense_weight(linear)
@@ -199,7 +199,14 @@ class BlockSparseLinear(nn.Module):
         self.index.copy_(transposed_index(self.crow, self.col, self._grid[1]))
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
     ) -> None:
         dense = state_dict.get(f"{prefix}weight")
         if dense is not None and f"{prefix}data" not in state_dict:
@@ -215,7 +222,7 @@ class BlockSparseLinear(nn.Module):
         if problem := self._misplaced(crow, col):
             errors.append(f"{prefix}crow and {prefix}col {problem}")
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if not errors and not self.crow.is_meta:
             index = transposed_index(self.crow, self.col, self._grid[1])
             self.index = index if self.index.is_meta else self.index.copy_(index)

@@ -79,7 +79,9 @@ def dense_weight(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
         return weight, bias
     if type(linear).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
         return weight.t(), bias
-    raise UsageError(f"a {type(linear).__name__} was given, expected torch.nn.Linear (a subclass may compute otherwise)")
+    raise UsageError(
+        f"a {type(linear).__name__} was given, expected torch.nn.Linear (a subclass may compute otherwise)"
+    )
 
 
 def check_select(select: Select) -> None:
@@ -103,20 +105,16 @@ def _chosen(flat: Tensor, rows: int, columns: int) -> Tensor:
 
 def _moments(weight: Tensor, inputs: Tensor | None) -> Tensor:
     if inputs is None:
-        raise UsageError('select="activation" needs inputs of the layer; give calibration inputs, or select="magnitude"')
+        raise UsageError(
+            'select="activation" needs inputs of the layer; give calibration inputs, or select="magnitude"'
+        )
     if inputs.shape[-1] != weight.shape[1]:
         raise UsageError(f"inputs have {inputs.shape[-1]} features, expected {weight.shape[1]}, as the layer has")
     return inputs.detach().to(weight.device).reshape(-1, weight.shape[1]).double().square().mean(0)
 
 
-def _from_mask(mask: Any, weight: Tensor, block: Grid, grid: Grid) -> Tensor:
-    if hasattr(mask, "tocoo"):  # scipy's sparse matrices, which need not be installed
-        mask = torch.from_numpy(mask.astype(bool).toarray())
-    elif not isinstance(mask, Tensor):
-        mask = torch.as_tensor(mask)
-    if mask.layout is not torch.strided:
-        mask = mask.to_dense()
-    mask = mask.ne(0)
+def _from_mask(select: Any, weight: Tensor, block: Grid, grid: Grid) -> Tensor:
+    mask = _dense_mask(select)
     if tuple(mask.shape) == grid and grid != tuple(weight.shape):
         return mask
     if mask.shape == weight.shape:
@@ -124,3 +122,10 @@ def _from_mask(mask: Any, weight: Tensor, block: Grid, grid: Grid) -> Tensor:
     raise UsageError(
         f"a mask of shape {tuple(mask.shape)} was given, expected {grid} (blocks) or {tuple(weight.shape)} (elements)"
     )
+
+
+def _dense_mask(mask: Any) -> Tensor:
+    if hasattr(mask, "tocoo"):  # scipy's sparse matrices, which need not be installed
+        mask = mask.astype(bool).toarray()
+    given: Tensor = torch.as_tensor(mask)
+    return (given if given.layout is torch.strided else given.to_dense()).ne(0)
