@@ -51,7 +51,8 @@ class BlockSparseLinear(nn.Module):
         super().__init__()
         self._shape(in_features, out_features, block)
         self.data = nn.Parameter(torch.empty(int(mask.sum()), *block, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        made = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", made)
         self._place(mask.view(rows, columns), self.data.device)
         self.reset_parameters()
 
@@ -77,7 +78,7 @@ class BlockSparseLinear(nn.Module):
         row, col = mask.nonzero(as_tuple=True)
         blocks = from_dense(weight.detach(), row, col, block)
         layer.data = nn.Parameter(blocks.clone(), requires_grad=weight.requires_grad)
-        layer.bias = bias
+        layer.register_parameter("bias", bias)
         layer._place(mask, weight.device)
         return layer
 
@@ -159,7 +160,7 @@ class BlockSparseLinear(nn.Module):
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         weight = self.dense().detach().contiguous().clone()
         layer.weight = nn.Parameter(weight, requires_grad=self.data.requires_grad)
-        layer.bias = self.bias  # type: ignore[assignment]
+        layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 
     @torch.no_grad()
