@@ -106,8 +106,8 @@ def _block_linear(
         return y if bias is None else y + bias
     if is_native(data) and x.is_cpu:
         y = _native_product(rows, blocks, bias, features)
-    elif x.is_cuda and _triton() is not None:
-        y = _triton().product(rows, blocks, bias, features)
+    elif x.is_cuda and (kernels := _triton(blocks)) is not None:
+        y = kernels.product(rows, blocks, bias, features)
     else:
         y = _torch_product(rows, blocks, bias, features)
     return y.view(*x.shape[:-1], features)
@@ -190,8 +190,8 @@ def _block_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tenso
         return g.new_zeros(data.shape)
     if is_native(data) and x.is_cpu and x.dtype in _COMPUTED_IN:
         return _native_gradient(g, x, blocks)
-    if x.is_cuda and _triton() is not None:
-        out: Tensor = _triton().gradient(g, x, blocks)
+    if x.is_cuda and (kernels := _triton(blocks)) is not None:
+        out: Tensor = kernels.gradient(g, x, blocks)
         return out
     return _torch_gradient(g, x, blocks)
 
@@ -222,11 +222,12 @@ def _torch_gradient(g: Tensor, x: Tensor, blocks: _Blocks) -> Tensor:
     return out
 
 
-def _triton() -> Any:
-    """The module of Triton kernels; None where Triton is not installed."""
+def _triton(blocks: _Blocks) -> Any:
+    """The module of Triton kernels, imported when first needed; None where it is not installed or not for these."""
     from fxopt.kernels import block_linear_triton
 
-    return block_linear_triton if block_linear_triton.AVAILABLE else None
+    known = block_linear_triton.takes(blocks.outer, blocks.inner, blocks.data.dtype)
+    return block_linear_triton if known else None
 
 
 # --- the operators ---------------------------------------------------------------------------------------------------
