@@ -180,7 +180,8 @@ def _module_path(part: Delta) -> str:
         if record.op == "call_module" and not found:
             found.append(path_in(graph_of(key), str(record.target)).split("."))
     if not found:
-        found = [p.rpartition(".")[0].split(".") for p in part.slots]
+        owners = {p.rpartition(".")[0] for p in part.slots}  # a module that was replaced is among them itself
+        found = [(p if p in owners else p.rpartition(".")[0]).split(".") for p in part.slots]
     common: list[str] = []
     for names in zip(*found, strict=False):
         if len(set(names)) > 1:

@@ -5,6 +5,7 @@ if __name__ != "fxopt.transformations":
 
 from fxopt.compose import compose
 from fxopt.transformation import ReversibleTransformation, Rewrite, Transformation
+from fxopt.transformations.block_sparsify import BlockSparsify
 from fxopt.transformations.change_truediv_to_mul_by_inverse import ChangeTrueDivToMulByInverse
 from fxopt.transformations.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from fxopt.transformations.eliminate_dead_nodes import EliminateDeadNodes
@@ -34,6 +35,7 @@ from fxopt.transformations.pack_weights import PackWeights
 from fxopt.transformations.reorder_nodes import ReorderNodes
 
 __all__ = [
+    "BlockSparsify",
     "ChangeTrueDivToMulByInverse",
     "EliminateCommonSubexpressions",
     "EliminateDeadNodes",
