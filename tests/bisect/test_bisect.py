@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import fxopt
+from fxopt import frontend
 from fxopt.bisect import JOURNAL
 from fxopt.checks import ByScript
 from fxopt.delta import share
 from fxopt.errors import FxoptError, UsageError
+from fxopt.models import build
 from fxopt.repro import run
 from fxopt.transformation import Transformation
 from fxopt.transformations import EliminateDropout, FuseLinearReLU
@@ -677,3 +679,33 @@ def test_modules_in_a_traced_graph():
     assert found.found and found.rewrite.module_path == "5.norm", found
     assert found.hints[0] == "layer_norm eps 1e-05 → 0.1" and found.repro.size == (1, 1)
     assert found.rewrite.source.endswith("return x + torch.nn.functional.relu(self.fc(self.norm(x)))")
+
+
+def faster_gelu(graph_module):
+    for node in calls(graph_module, "gelu.default"):
+        node.kwargs = {"approximate": "tanh"}
+
+
+@dataclass(frozen=True)
+class FasterGELU(Transformation):
+    """An approximation, which the tolerance below does not allow."""
+
+    def transform(self, graph_module):
+        faster_gelu(graph_module)
+
+
+def test_what_fails_by_hand_is_kept_saved_and_loaded(tmp_path):
+    """`fxopt optimize --limit FIRST_BAD --save`: not quietly saved without the pass that fails."""
+    model = build("bert-base-tiny")
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6) + 5, "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    passes = f"{__name__}:FasterGELU"
+    found = frontend.optimize(model, inputs, passes=passes, rtol=0, atol=1e-7, benchmarked=False, limit="FasterGELU:1")
+    assert not found.ok and found.failed == ("forward: FasterGELU() was kept, though it fails",)
+    assert [s.kept for s in found.results["forward"].steps] == [True]
+    found.save(tmp_path)
+    loaded = fxopt.load(tmp_path)
+    assert fxopt.history(loaded.fxopt.graphs["forward"])[0].signature == "FasterGELU()"
+    with pytest.raises(UsageError, match=r"asks for rewrite 9 of FasterGELU\(\), which makes 2 in forward"):
+        frontend.optimize(model, inputs, passes=passes, benchmarked=False, limit="FasterGELU:9")
+    left_out = frontend.optimize(model, inputs, passes=passes, rtol=0, atol=1e-7, benchmarked=False)
+    assert "was left out: undone: " in left_out.failed[0]
