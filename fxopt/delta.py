@@ -334,7 +334,7 @@ def _ties(delta: Delta, after: Snapshot) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
-def related(paths: set[str]) -> Callable[[str], Iterator[str]]:
+def related(paths: Collection[str]) -> Callable[[str], Iterator[str]]:
     """Tells which of ``paths`` are a path, hold it, or are inside it."""
     inside: dict[str, list[str]] = {}
     for path in paths:

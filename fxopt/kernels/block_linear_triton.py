@@ -139,7 +139,9 @@ def product(x: Tensor, blocks: Any, bias: Tensor | None, features: int) -> Tenso
         constants |= {"BT": 32, "KT": min(32, blocks.inner)}
         product_kernel[(blocks.rows, triton.cdiv(x.shape[0], 32))](*tensors, *sizes, **constants)
     else:
-        product_tuned[lambda c: (blocks.rows, triton.cdiv(x.shape[0], c["BT"]))](*tensors, *sizes, **constants, **_FUSED)
+        product_tuned[lambda c: (blocks.rows, triton.cdiv(x.shape[0], c["BT"]))](
+            *tensors, *sizes, **constants, **_FUSED
+        )
     return y
 
 
