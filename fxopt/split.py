@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def _group(delta: Delta) -> dict[Any, int]:
     def union(a: Any, b: Any) -> None:
         parent[find(a)] = find(b)
 
-    paths = {*delta.slots, *(m for m, _ in delta.attributes)}
+    paths = dict.fromkeys((*delta.slots, *(m for m, _ in delta.attributes)))  # in order: rewrites are numbered by it
     members = [("node", k) for k in {**delta.nodes, **delta.metas}] + [("path", p) for p in paths]
     for m in members:
         find(m)
@@ -115,7 +115,7 @@ def _group(delta: Delta) -> dict[Any, int]:
     return {m: numbers.setdefault(find(m), len(numbers)) for m in members}
 
 
-def _join_state(delta: Delta, paths: set[str], union: Any) -> None:
+def _join_state(delta: Delta, paths: Collection[str], union: Any) -> None:
     objects: dict[int, Any] = {}
     for path, pair in delta.slots.items():
         for slot in pair:

@@ -36,7 +36,7 @@ def test_what_needs_shapes_is_given_them_as_the_readme_says():
 
     model, inputs = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).eval(), (torch.randn(3, 8),)
     assert "`fxopt.propagate(gm, inputs)`" in README
-    bare, told, asked = (symbolic_trace(model) for _ in range(3))
+    bare, told, asked = (symbolic_trace(model) for _ in range(4))
     fxopt.propagate(told, inputs)
     fxopt.compose(FuseBatchNorm1dInLinear(), example_inputs=inputs)(asked)
     for gm, rewrites in ((bare, 0), (told, 1)):
@@ -50,16 +50,18 @@ def test_the_default_pipeline_is_the_one_that_runs():
     assert said.split(", ") == [type(t).__name__ for t in default("cpu")]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_the_python_examples_run(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, object] = {"__name__": "example"}
     exec(compile(blocks[number], "README.md", "exec"), names)
     if number == 0:
         assert [c.signature for c in names["fxopt"].history(names["gm"])] == ["MergeLinears()"]
     elif number == 1:
         assert names["found"].found and names["found"].hints == ("gelu approximate 'none' → 'tanh'",)
+    elif number == 2:
+        assert not names["fxopt"].history(names["gm"]) and names["layer"].density == 0.25
     else:
         assert "DoubleNegation" in names

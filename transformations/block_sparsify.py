@@ -91,7 +91,8 @@ class BlockSparsify(ReversibleTransformation):
         kept = [layer.path for layer in self.plan(gm).changed]
         named = {path: matching(self._specs, [path], torch.empty(0)) for path in kept}
         patterns = tuple((_literally(p), *self.patterns[i][1:]) for p, i in named.items() if i is not None)
-        return BlockSparsify(patterns, self.inputs, "off", self.tokens)
+        needed = any(select == "activation" or rescale for *_, select, rescale in patterns)
+        return BlockSparsify(patterns, self.inputs if needed else None, "off", self.tokens)
 
     def misses(self, gm: GraphModule) -> Iterator[Miss]:
         """The linear layers that stay dense, each with the reason."""

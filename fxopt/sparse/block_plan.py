@@ -174,7 +174,7 @@ def _ratio(dense: nn.Module, sparse: BlockSparseLinear, tokens: int) -> float:
     x = x.to(sparse.data.device, sparse.data.dtype)
     with torch.no_grad():
         found = benchmark(dense, sparse, (x,), rounds=25, warmup=2, max_time=0.5, precision=0.02, memory=False)
-    return found.ratio
+    return 1 / found.ratio
 
 
 def _report(
