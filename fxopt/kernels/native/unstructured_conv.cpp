@@ -24,7 +24,7 @@ struct Shape {
 FXOPT_API void fxopt_sparse_conv2d(const float *x, const int32_t *start, const int32_t *column, const float *value,
                                    const float *bias, float *y, const int64_t *shape, int isa, int threads) {
     const fxopt::Shape &s = *reinterpret_cast<const fxopt::Shape *>(shape);
-    FXOPT_DISPATCH(isa, forward(s, x, start, column, value, bias, y, threads));
+    FXOPT_DISPATCH(isa, sparse_conv::forward(s, x, start, column, value, bias, y, threads));
 }
 
 // dx like x, dw in the order of `value`, db[outputs], those of them that `wanted` names.
@@ -32,6 +32,6 @@ FXOPT_API void fxopt_sparse_conv2d_backward(const float *x, const float *dy, con
                                             const int32_t *place, const float *value, float *dx, float *dw, float *db,
                                             const int64_t *shape, int wanted, int isa, int threads) {
     const fxopt::Shape &s = *reinterpret_cast<const fxopt::Shape *>(shape);
-    FXOPT_DISPATCH(isa, backward(s, {x, dy, dx, start, nullptr, nullptr, nullptr, {}, wanted}, row, place, value, dw, db,
+    FXOPT_DISPATCH(isa, sparse_conv::backward(s, {x, dy, dx, start, nullptr, nullptr, nullptr, {}, wanted}, row, place, value, dw, db,
                                  threads));
 }

@@ -16,7 +16,7 @@ FXOPT_API void fxopt_sparse_linear(const float *x, const int32_t *start, const i
                                    int isa, int threads) {
     if (batch == 0 || outputs == 0)
         return;
-    FXOPT_DISPATCH(isa, forward({x, inputs, outputs, start, column, value, bias, y}, batch, threads));
+    FXOPT_DISPATCH(isa, sparse_linear::forward({x, inputs, outputs, start, column, value, bias, y}, batch, threads));
 }
 
 // dx[batch][inputs], dw[values in the order of `value`], db[outputs], those of them that `wanted` names.
@@ -24,6 +24,6 @@ FXOPT_API void fxopt_sparse_linear_backward(const float *x, const float *dy, con
                                             const int32_t *place, const float *value, float *dx, float *dw, float *db,
                                             int64_t batch, int64_t inputs, int64_t outputs, int wanted, int isa,
                                             int threads) {
-    FXOPT_DISPATCH(isa, backward({x, dy, inputs, outputs, start, row, nullptr, dx}, value, place, dw, db, batch, wanted,
+    FXOPT_DISPATCH(isa, sparse_linear::backward({x, dy, inputs, outputs, start, row, nullptr, dx}, value, place, dw, db, batch, wanted,
                                  threads));
 }
