@@ -32,6 +32,8 @@ from fxopt.transformations.merge_gate_up import MergeGateUp
 from fxopt.transformations.merge_linears import MergeLinears
 from fxopt.transformations.pack_weights import PackWeights
 from fxopt.transformations.reorder_nodes import ReorderNodes
+from fxopt.transformations.sparsify_weights import SparsifyWeights
+from fxopt.transformations.swap_sparse import SwapSparse
 
 __all__ = [
     "ChangeTrueDivToMulByInverse",
@@ -63,6 +65,8 @@ __all__ = [
     "ReorderNodes",
     "ReversibleTransformation",
     "Rewrite",
+    "SparsifyWeights",
+    "SwapSparse",
     "Transformation",
     "compose",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import UsageError
 from fxopt.kernels.unstructured import Pattern, by_row, linear_pattern
-from fxopt.sparse.unstructured import SparseWeight, mask_of
+from fxopt.kernels.unstructured_weight import SparseWeight, mask_of
 
 
 class SparseLinear(SparseWeight):
@@ -42,10 +42,7 @@ class SparseLinear(SparseWeight):
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.out_features, new.in_features = pattern.row_start.numel() - 1, pattern.column_start.numel() - 1
-        for name, held in (("values", values), ("bias", bias)):
-            plain = held is None or isinstance(held, nn.Parameter)
-            new.register_parameter(name, held if plain else nn.Parameter(held, requires_grad=held.requires_grad))  # type: ignore[arg-type, union-attr]
-        new._set_pattern(pattern)
+        new._hold(values, bias, pattern)
         return new
 
     def forward(self, input: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import UsageError
-from fxopt.kernels.unstructured import Pattern, by_row
+from fxopt.kernels.unstructured import Pattern
 
 _KEPT = ("row_start", "column")  # in the state dict; the view by columns follows from them
 
@@ -97,6 +97,14 @@ class SparseWeight(nn.Module):
         self._set_pattern(pattern)
         self.train(like.training)
 
+    def _hold(self, values: Tensor, bias: Tensor | None, pattern: Pattern) -> None:
+        """Take over these very tensors."""
+        for name, held in (("values", values), ("bias", bias)):
+            if held is not None and not isinstance(held, nn.Parameter):
+                held = nn.Parameter(held, requires_grad=held.requires_grad)
+            self.register_parameter(name, held)
+        self._set_pattern(pattern)
+
     def _set_pattern(self, pattern: Pattern) -> None:
         for name, tensor in pattern._asdict().items():
             self.register_buffer(name, tensor.contiguous(), persistent=name in _KEPT)
@@ -156,5 +164,3 @@ def mask_of(weight: Tensor, name: str = "the weight") -> Tensor:
         raise UsageError(f"{name} has elements that are NaN or infinite; expected finite numbers: mend it first")
     return weight != 0
 
-
-__all__ = ["Pattern", "SparseWeight", "by_row", "mask_of"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import UsageError
 from fxopt.kernels.unstructured import Pattern, by_row, conv2d_pattern
-from fxopt.sparse.unstructured import SparseWeight, mask_of
+from fxopt.kernels.unstructured_weight import SparseWeight, mask_of
 
 
 class SparseConv2d(SparseWeight):
@@ -51,7 +51,8 @@ class SparseConv2d(SparseWeight):
         like.weight.requires_grad_(weight.requires_grad or not isinstance(weight, nn.Parameter))
         self.in_channels, self.out_channels, self.groups = inner * groups, outputs, groups
         self.kernel_size, self.stride, self.dilation = like.kernel_size, like.stride, like.dilation
-        self.padding, self.padding_mode = like.padding, like.padding_mode
+        self.padding: str | tuple[int, ...] = like.padding
+        self.padding_mode: str = like.padding_mode
         dense = weight.detach()
         mask = mask_of(dense)
         row_start, column = by_row(mask.reshape(outputs, -1))
@@ -71,6 +72,28 @@ class SparseConv2d(SparseWeight):
             raise UsageError(f"SparseConv2d.from_dense was given a {type(conv).__name__}; expected a torch.nn.Conv2d")
         options = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
         return cls(conv.weight, conv.bias, *options).train(conv.training)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pattern(
+        cls,
+        values: Tensor,
+        bias: Tensor | None,
+        pattern: Pattern,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int, int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> SparseConv2d:
+        """The layer on these very tensors, nothing copied; `padding` is (top, bottom, left, right)."""
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new.out_channels = pattern.row_start.numel() - 1
+        new.in_channels = (pattern.column_start.numel() - 1) // (stride[0] * stride[1])
+        new.kernel_size, new.stride, new.dilation, new.groups = kernel_size, stride, dilation, groups
+        new.padding, new.padding_mode = _as_torch(padding, kernel_size, dilation), "zeros"
+        new._hold(values, bias, pattern)
+        return new
 
     def forward(self, input: Tensor) -> Tensor:
         """x (batch, in_channels, height, width) -> (batch, out_channels, height', width'), or both without a batch."""
@@ -165,4 +188,16 @@ def pads(
         total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
         return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
     assert not isinstance(padding, str)
+    if len(padding) == 4:
+        return padding[0], padding[1], padding[2], padding[3]
     return padding[0], padding[0], padding[1], padding[1]
+
+
+def _as_torch(
+    padding: tuple[int, int, int, int], kernel_size: tuple[int, ...], dilation: tuple[int, ...]
+) -> str | tuple[int, ...]:
+    """As torch.nn.Conv2d says it, where it can: two numbers, or "same"; else the four numbers."""
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return top, left
+    return "same" if padding == pads("same", kernel_size, dilation) else padding
