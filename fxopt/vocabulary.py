@@ -1572,7 +1572,9 @@ def _sparse_conv2d_attributes(module: Any) -> dict[str, Any] | str:
 
 
 def _build_sparse_conv2d(values, bias, row_start, column, column_start, row, place, **window) -> nn.Module:
-    return SparseConv2d.from_pattern(values, bias, Pattern(row_start, column, column_start, row, place), **window).eval()
+    return SparseConv2d.from_pattern(
+        values, bias, Pattern(row_start, column, column_start, row, place), **window
+    ).eval()
 
 
 @op(

@@ -68,7 +68,7 @@ class Found:
         held = self.at.tensor(self.weight)
         assert held is not None
         if held.dim() != dimensions or not held.dtype.is_floating_point:
-            return f"{path} has shape {tuple(held.shape)} and type {held.dtype}, expected {dimensions} dimensions of floats"
+            return f"{path} has shape {tuple(held.shape)} and type {held.dtype}, expected {dimensions} of floats"
         reader = _reader(self.at, held)
         return None if reader is None else f"{reader} reads {path} too, and the sparse one would be a copy"
 
@@ -78,10 +78,13 @@ class Found:
         layer: nn.Linear | nn.Conv2d
         if self.op is ops.conv2d:
             w = self.window
-            sizes = (weight.shape[1] * w["groups"], weight.shape[0], tuple(weight.shape[2:]))
-            padding = w["padding"]
-            options = (w["stride"], padding, w["dilation"], w["groups"], bias is not None)
-            layer = nn.Conv2d(*sizes, *options, device="meta")
+            inputs, features, kernel = (
+                weight.shape[1] * w["groups"],
+                weight.shape[0],
+                (weight.shape[2], weight.shape[3]),
+            )
+            options = (w["stride"], w["padding"], w["dilation"], w["groups"], bias is not None)
+            layer = nn.Conv2d(inputs, features, kernel, *options, device="meta")
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         layer.weight = nn.Parameter(weight)
@@ -113,9 +116,9 @@ def _reader(at: Site, weight: Tensor) -> Node | None:
         if node.op == "get_attr":
             held = mechanism.constant(at.gm, node)
             if held is not None and _storage(held) == storage:
-                other = next((u for u in node.users if u not in mine), None)
-                if other is not None:
-                    return other
+                others: list[Node] = [u for u in node.users if u not in mine]
+                if others:
+                    return others[0]
         elif node.op == "call_module" and node not in mine:
             module = mechanism.submodule(at.gm, str(node.target))
             if module is not None and any(_storage(p) == storage for p in module.parameters()):
@@ -134,5 +137,3 @@ def stem(path: str) -> str:
     """What the parameters beside a weight are named after: "fc." of "fc.weight", "fc.in_proj_" of "fc.in_proj"."""
     owner, dot, last = path.rpartition(".")
     return f"{owner}{dot}" if last == "weight" else f"{path}_"
-
-

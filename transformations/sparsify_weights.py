@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +19,7 @@ from fxopt.errors import UsageError
 from fxopt.ops import Attr
 from fxopt.pattern import Miss, match, roots
 from fxopt.sparse.measure import Pruned, PruneReport
-from fxopt.sparse.pruning import check_share, magnitude_masks, n_m_mask, parse_n_m
+from fxopt.sparse.pruning import Scope, check_share, magnitude_masks, n_m_mask, parse_n_m
 from fxopt.transformation import New, ReversibleTransformation, Site, sweeping_once
 from fxopt.transformations._constants import path_of
 from fxopt.transformations._sparse_layers import LAYERS, Found
@@ -30,20 +31,20 @@ class SparsifyWeights(ReversibleTransformation):
     linear(x, w, b)  ->  linear(x, w * mask, b)
     conv2d(x, w, b)  ->  conv2d(x, w * mask, b)
 
-    Not what the model computed: elements of the weights become zeros.  Also ``addmm`` and ``mm``.  One of `sparsity`, the
-    share of zeros (those of least magnitude), `threshold`, up to which magnitudes become zeros, and `existing`, which
-    leaves the zeros that are there and changes nothing; `scope` "uniform", each layer for itself, or "global".  `pattern`
-    "2:4", or another N:M, keeps the 2 largest of every 4 inputs of a layer, and takes none of the three.  `layers` is a
-    regular expression that a layer's whole path matches.  `report(gm)` tells of every layer.  ``SwapSparse`` then makes
-    use of the zeros.  Undone after training with ``reverse(gm, edited="carry")``, the trained weights take the place of
-    the original ones.
+    Not what the model computed: elements of the weights become zeros.  Also ``addmm`` and ``mm``.  One of `sparsity`,
+    the share of zeros (those of least magnitude), `threshold`, up to which magnitudes become zeros, and `existing`,
+    which leaves the zeros that are there and changes nothing; `scope` "uniform", each layer for itself, or "global".
+    `pattern` "2:4", or another N:M, keeps the 2 largest of every 4 inputs of a layer, and takes none of the three.
+    `layers` is a regular expression that a layer's whole path matches.  `report(gm)` tells of every layer.
+    ``SwapSparse`` then makes use of the zeros.  Undone after training with ``reverse(gm, edited="carry")``, the
+    trained weights take the place of the original ones.
     """
 
     sparsity: float | None = None
     threshold: float | None = None
     existing: bool = False
     pattern: str = "unstructured"
-    scope: str = "uniform"
+    scope: Scope = "uniform"
     layers: str = ".*"
 
     def __post_init__(self) -> None:
@@ -51,12 +52,14 @@ class SparsifyWeights(ReversibleTransformation):
         asked = (self.sparsity is not None) + (self.threshold is not None) + bool(self.existing) + (n_m is not None)
         if asked != 1:
             given = f"sparsity={self.sparsity}, threshold={self.threshold}, existing={self.existing}"
-            raise UsageError(f"{given} and pattern={self.pattern!r} were given; expected a sparsity, a threshold, existing or N:M, one of them")
+            raise UsageError(
+                f"{given}, pattern={self.pattern!r} were given; expected one of sparsity, threshold, existing, N:M"
+            )
         if self.sparsity is not None:
             check_share("sparsity", self.sparsity)
         if self.threshold is not None and not self.threshold >= 0:
             raise UsageError(f"threshold={self.threshold} was given; expected a magnitude, 0 or more")
-        if self.scope not in ("uniform", "global"):
+        if self.scope not in get_args(Scope):
             raise UsageError(f"scope={self.scope!r} was given; expected 'uniform' or 'global'")
         try:
             re.compile(self.layers)
@@ -130,8 +133,7 @@ class SparsifyWeights(ReversibleTransformation):
             return [n_m_mask(w, *n_m) for w in weights.values()]
         if self.existing:
             return [w != 0 for w in weights.values()]
-        scope = "global" if self.scope == "global" else "uniform"
-        return list(magnitude_masks(weights, self.sparsity, self.threshold, scope).values())
+        return list(magnitude_masks(weights, self.sparsity, self.threshold, self.scope).values())
 
 
 def _matched(gm: GraphModule, node: Node) -> Found | Miss:

@@ -150,7 +150,9 @@ def _transposed(rewrite: Delta) -> set[str]:
     """The paths of the weights that were (in, out): those of ``addmm`` and ``mm``."""
     found = set()
     for key, (before, _) in rewrite.nodes.items():
-        if before is None or not any(op in (ops.addmm, ops.mm) for op, _ in mechanism.VOCABULARY.get(before.target, ())):
+        if before is None or not any(
+            op in (ops.addmm, ops.mm) for op, _ in mechanism.VOCABULARY.get(before.target, ())
+        ):
             continue
         for name in before.refs():
             read, _ = rewrite.nodes.get(node_key(graph_of(key), name), (None, None))

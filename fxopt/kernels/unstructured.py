@@ -82,7 +82,9 @@ def by_row(mask: Tensor) -> tuple[Tensor, Tensor]:
     """`row_start` and `column` of a boolean matrix (rows, columns)."""
     count = int(mask.sum())
     if count >= 2**31 or mask.shape[1] >= 2**31:
-        raise UsageError(f"the weight has {count} values of shape {tuple(mask.shape)}; expected less than 2**31 of each")
+        raise UsageError(
+            f"the weight has {count} values of shape {tuple(mask.shape)}; expected less than 2**31 of each"
+        )
     column = mask.nonzero()[:, 1].to(torch.int32)
     return _starts(mask.sum(1)), column
 
@@ -311,7 +313,9 @@ class _Window(NamedTuple):
         spans = [dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
         padded = (height + padding[0] + padding[1], width + padding[2] + padding[3])
         if padded[0] < spans[0] or padded[1] < spans[1]:
-            raise UsageError(f"a kernel of {spans[0]}×{spans[1]} does not fit a padded input of {padded[0]}×{padded[1]}")
+            raise UsageError(
+                f"a kernel of {spans[0]}×{spans[1]} does not fit a padded input of {padded[0]}×{padded[1]}"
+            )
         out = tuple((padded[i] - spans[i]) // stride[i] + 1 for i in (0, 1))
         outputs = row_start.shape[0] - 1
         return cls(channels, outputs, (height, width), (out[0], out[1]), kernel, stride, padding, dilation)
@@ -388,7 +392,9 @@ def _check(name: str, x: Tensor, values: Tensor, bias: Tensor | None, column: Te
         raise UsageError(f"{name} was given {given}; expected float32 for all, or float64 for all: cast one of them")
     if values.shape != column.shape:
         expected = tuple(column.shape)
-        raise UsageError(f"{name} was given values of shape {tuple(values.shape)}; expected {expected}, as in the pattern")
+        raise UsageError(
+            f"{name} was given values of shape {tuple(values.shape)}; expected {expected}, as in the pattern"
+        )
 
 
 def _kernel(name: str, arguments: Sequence[Any], *tensors: Tensor) -> Callable[..., None] | None:
@@ -430,7 +436,7 @@ def _gradients(x: Tensor, values: Tensor, outputs: int, wanted: Sequence[bool]) 
 
 
 def _register(forward: Any, like: Any, backward: Any, backward_like: Any) -> None:
-    """Two operators: the product, and its gradients. Both are linear in each argument, and so differentiable by both."""
+    """Two operators: the product, and its gradients. Each is linear in its arguments, and so differentiable by both."""
     for function, fake in ((forward, like), (backward, backward_like)):
         name = function.__name__
         _library.define(name + torch.library.infer_schema(function, mutates_args=()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,15 +12,17 @@ from fxopt.errors import UsageError
 from fxopt.kernels.unstructured import Pattern, by_row, conv2d_pattern
 from fxopt.kernels.unstructured_weight import SparseWeight, mask_of
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
 
 class SparseConv2d(SparseWeight):
     """
     conv2d over the weight's non-zeros: x (batch, in_channels, height, width), or without a batch; float32 or float64.
 
     Every option of `torch.nn.Conv2d`: stride, padding ("same" and "valid" too), padding_mode, dilation, groups,
-    rectangular kernels. Make one with `from_dense`, or from a weight (out_channels, in_channels / groups, height, width)
-    with zeros in it, a bias (out_channels,) or None, and the options of a `torch.nn.Conv2d`. The result is contiguous,
-    also of a channels-last input.
+    rectangular kernels. Make one with `from_dense`, or from a weight (out_channels, in_channels / groups, height,
+    width) with zeros in it, a bias (out_channels,) or None, and the options of a `torch.nn.Conv2d`. The result is
+    contiguous, also of a channels-last input.
     """
 
     def __init__(
@@ -29,11 +33,13 @@ class SparseConv2d(SparseWeight):
         padding: str | int | tuple[int, int] = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
     ) -> None:
         super().__init__()
         if weight.dim() != 4 or (bias is not None and bias.shape != weight.shape[:1]):
-            given = f"a weight of shape {tuple(weight.shape)}" + ("" if bias is None else f", a bias of {tuple(bias.shape)}")
+            given = f"a weight of shape {tuple(weight.shape)}" + (
+                "" if bias is None else f", a bias of {tuple(bias.shape)}"
+            )
             raise UsageError(f"SparseConv2d was given {given}; expected (out, in / groups, height, width) and (out,)")
         outputs, inner, *kernel = weight.shape
         like = nn.Conv2d(
@@ -50,9 +56,11 @@ class SparseConv2d(SparseWeight):
         )  # checks the options
         like.weight.requires_grad_(weight.requires_grad or not isinstance(weight, nn.Parameter))
         self.in_channels, self.out_channels, self.groups = inner * groups, outputs, groups
-        self.kernel_size, self.stride, self.dilation = like.kernel_size, like.stride, like.dilation
-        self.padding: str | tuple[int, ...] = like.padding
-        self.padding_mode: str = like.padding_mode
+        self.kernel_size: Any = like.kernel_size
+        self.stride: Any = like.stride
+        self.dilation: Any = like.dilation
+        self.padding: Any = like.padding  # "same", "valid", two numbers or four
+        self.padding_mode: PaddingMode = like.padding_mode
         dense = weight.detach()
         mask = mask_of(dense)
         row_start, column = by_row(mask.reshape(outputs, -1))

@@ -14,13 +14,16 @@ class SparseLinear(SparseWeight):
     """
     x @ weightᵀ + bias over the weight's non-zeros: x (…, in_features) -> (…, out_features), float32 or float64.
 
-    `weight` (out_features, in_features) is a dense one with zeros in it, `bias` (out_features,) or None; both are copied.
+    `weight` (out_features, in_features) is a dense one with zeros in it, `bias` (out_features,) or None; both are
+    copied.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            given = f"a weight of shape {tuple(weight.shape)}" + ("" if bias is None else f", a bias of {tuple(bias.shape)}")
+            given = f"a weight of shape {tuple(weight.shape)}" + (
+                "" if bias is None else f", a bias of {tuple(bias.shape)}"
+            )
             raise UsageError(f"SparseLinear was given {given}; expected (out, in) and (out,)")
         self.out_features, self.in_features = weight.shape
         dense = weight.detach()

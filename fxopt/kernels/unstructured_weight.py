@@ -18,8 +18,8 @@ class SparseWeight(nn.Module):
     """
     A module whose weight is `values`, one parameter (values,), at places that int32 buffers tell.
 
-    Gradients exist at these places only, so every optimizer trains the values alone and its state is as small. The state
-    dict holds `values`, `row_start` and `column`; loading one with another pattern changes the pattern.
+    Gradients exist at these places only, so every optimizer trains the values alone and its state is as small. The
+    state dict holds `values`, `row_start` and `column`; loading one with another pattern changes the pattern.
     """
 
     values: nn.Parameter
@@ -71,7 +71,9 @@ class SparseWeight(nn.Module):
         """
         if kept.dtype != torch.bool or tuple(kept.shape) not in (tuple(self.values.shape), tuple(self.weight_shape)):
             shapes = f"{tuple(self.values.shape)} or {tuple(self.weight_shape)}"
-            raise UsageError(f"a mask of {kept.dtype}, {tuple(kept.shape)}, was given; expected a boolean one of {shapes}")
+            raise UsageError(
+                f"a mask of {kept.dtype}, {tuple(kept.shape)}, was given; expected a boolean one of {shapes}"
+            )
         if kept.shape != self.values.shape:
             kept = kept[self.mask()]
         left = kept.nonzero()[:, 0]
@@ -163,4 +165,3 @@ def mask_of(weight: Tensor, name: str = "the weight") -> Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise UsageError(f"{name} has elements that are NaN or infinite; expected finite numbers: mend it first")
     return weight != 0
-

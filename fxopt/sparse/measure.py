@@ -133,7 +133,9 @@ class SwapReport:
     def _repr_html_(self) -> str:
         from html import escape
 
-        rows = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(layer)) + "</tr>" for layer in self.layers]
+        rows = [
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(layer)) + "</tr>" for layer in self.layers
+        ]
         heads = "".join(f"<th>{h}</th>" for h in ("layer", "weight", "zeros", "forward", "backward", "is now", "why"))
         return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
 
@@ -153,7 +155,14 @@ def _cells(layer: Layer) -> list[str]:
     t = layer.timing
     zeros = "" if layer.sparsity is None else f"{layer.sparsity:.1%}"
     times = [ratio(t.forward if t else None), ratio(t.backward if t else None)]
-    return [layer.name, "×".join(map(str, layer.shape)), zeros, *times, "sparse" if layer.swapped else "dense", layer.reason]
+    return [
+        layer.name,
+        "×".join(map(str, layer.shape)),
+        zeros,
+        *times,
+        "sparse" if layer.swapped else "dense",
+        layer.reason,
+    ]
 
 
 def judge(
@@ -166,7 +175,8 @@ def judge(
     measured: bool = True,
 ) -> tuple[Layer, SparseLinear | SparseConv2d | None]:
     """
-    Whether `layer` is to be sparse: `min_sparsity` of it zeros, and faster so on inputs of `shape`; with the sparse one.
+    Whether `layer` is to be sparse: `min_sparsity` of it zeros, and faster so on inputs of `shape`; with the sparse
+    one.
 
     `shape` None: it never ran, so nothing can be measured, and it stays dense.
     """

@@ -49,13 +49,16 @@ class CubicSchedule:
 
 
 def magnitude_masks(
-    weights: Mapping[str, Tensor], sparsity: float | None = None, threshold: float | None = None, scope: Scope = "uniform"
+    weights: Mapping[str, Tensor],
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    scope: Scope = "uniform",
 ) -> dict[str, Tensor]:
     """
     What to keep of each weight (any shape): a boolean tensor of its shape, by name.
 
     Either `sparsity`, the share to drop, those of least magnitude, in each weight ("uniform") or over all of them
-    ("global"), exactly that many to the nearest; or `threshold`: what is not larger is dropped. Of equals, later ones go.
+    ("global"), exactly that many to the nearest; or `threshold`: what is not larger is dropped. Of equals, later go.
     """
     if (sparsity is None) == (threshold is None):
         raise UsageError(f"sparsity={sparsity} and threshold={threshold} were given; expected one of them")
@@ -140,7 +143,9 @@ class Pruner:
     ) -> None:
         self._n_m = parse_n_m(pattern)
         if (self._n_m is None) == (sparsity is None):
-            raise UsageError(f"pattern={pattern!r} and sparsity={sparsity} were given; expected a sparsity or N:M, not both")
+            raise UsageError(
+                f"pattern={pattern!r} and sparsity={sparsity} were given; expected a sparsity or N:M, not both"
+            )
         if isinstance(sparsity, str) and sparsity != "existing":
             raise UsageError(f"sparsity={sparsity!r} was given; expected a share, a CubicSchedule or 'existing'")
         if isinstance(sparsity, int | float):

@@ -17,7 +17,8 @@ from fxopt.sparse.measure import Layer, SwapReport, compare, judge
 
 def sparsify_conv2d_auto(conv: nn.Conv2d, input_shape: Sequence[int], verbose: bool = False) -> SparseConv2d:
     """
-    `conv` with a sparse weight, in the form that is fastest on inputs of `input_shape` (batch, channels, height, width).
+    `conv` with a sparse weight, in the form that is fastest on inputs of `input_shape` (batch, channels, height,
+    width).
 
     SparseProp measures two kernels here and returns the faster. Here one kernel serves both cases (see
     `SparseConv2d.from_dense`), so it is returned; `verbose` prints how it compares with the dense layer.
@@ -78,7 +79,8 @@ def swap(
     """
     `swap_modules_with_sparse`, with a report on every layer: sparsity, measured ratios, decision and why.
 
-    Tries from half of zeros on, where a training step can begin to gain. `measure=False` swaps all that is sparse enough.
+    Tries from half of zeros on, where a training step can begin to gain. `measure=False` swaps all that is sparse
+    enough.
     """
     _check_sparsity(min_sparsity)
     names = dict(model.named_modules(remove_duplicate=False))
@@ -103,11 +105,11 @@ def swap(
             made[id(layer)] = sparse
     places = [(name, made[id(layer)]) for name, layer in names.items() if id(layer) in made]
     result = model if inplace else copy.deepcopy(model)
-    for name, sparse in places:
+    for name, new in places:
         if not name:
-            return sparse, SwapReport(tuple(layers))
+            return new, SwapReport(tuple(layers))
         owner, _, last = name.rpartition(".")
-        setattr(result.get_submodule(owner), last, sparse)
+        setattr(result.get_submodule(owner), last, new)
     return result, SwapReport(tuple(layers))
 
 
@@ -185,7 +187,9 @@ def _check_shape(shape: Sequence[int], layer: nn.Module) -> None:
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         raise UsageError(f"a {type(layer).__name__} was given; expected a torch.nn.Linear or torch.nn.Conv2d")
     given = tuple(shape)
-    axis, wanted, ranks = (-1, layer.in_features, None) if isinstance(layer, nn.Linear) else (-3, layer.in_channels, (3, 4))
+    axis, wanted, ranks = (
+        (-1, layer.in_features, None) if isinstance(layer, nn.Linear) else (-3, layer.in_channels, (3, 4))
+    )
     fits = bool(given) and (ranks is None or len(given) in ranks) and given[axis] == wanted and min(given) > 0
     if not fits:
         form = f"(..., {wanted})" if isinstance(layer, nn.Linear) else f"(batch, {wanted}, height, width)"
