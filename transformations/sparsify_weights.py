@@ -31,10 +31,10 @@ class SparsifyWeights(ReversibleTransformation):
     linear(x, w, b)  ->  linear(x, w * mask, b)
     conv2d(x, w, b)  ->  conv2d(x, w * mask, b)
 
-    Not what the model computed: elements of the weights become zeros.  Also ``addmm`` and ``mm``.  One of `sparsity`,
-    the share of zeros (those of least magnitude), `threshold`, up to which magnitudes become zeros, and `existing`,
-    which leaves the zeros that are there and changes nothing; `scope` "uniform", each layer for itself, or "global".
-    `pattern` "2:4", or another N:M, keeps the 2 largest of every 4 inputs of a layer, and takes none of the three.
+    Not what the model computed: elements of the weights become zeros.  Also ``addmm`` and ``mm``.  At most one of
+    `sparsity`, the share of zeros (those of least magnitude), and `threshold`, up to which magnitudes become zeros;
+    without any, or with `existing`, the zeros that are there stay and nothing changes.  `scope` is "uniform", each layer
+    for itself, or "global".  `pattern` "2:4", or another N:M, keeps the 2 largest of every 4 inputs of a layer instead.
     `layers` is a regular expression that a layer's whole path matches.  `report(gm)` tells of every layer.
     ``SwapSparse`` then makes use of the zeros.  Undone after training with ``reverse(gm, edited="carry")``, the
     trained weights take the place of the original ones.
@@ -50,10 +50,10 @@ class SparsifyWeights(ReversibleTransformation):
     def __post_init__(self) -> None:
         n_m = parse_n_m(self.pattern)
         asked = (self.sparsity is not None) + (self.threshold is not None) + bool(self.existing) + (n_m is not None)
-        if asked != 1:
+        if asked > 1:
             given = f"sparsity={self.sparsity}, threshold={self.threshold}, existing={self.existing}"
             raise UsageError(
-                f"{given}, pattern={self.pattern!r} were given; expected one of sparsity, threshold, existing, N:M"
+                f"{given}, pattern={self.pattern!r} were given; expected at most one of sparsity, threshold, existing, N:M"
             )
         if self.sparsity is not None:
             check_share("sparsity", self.sparsity)
@@ -131,7 +131,7 @@ class SparsifyWeights(ReversibleTransformation):
         n_m = parse_n_m(self.pattern)
         if n_m is not None:
             return [n_m_mask(w, *n_m) for w in weights.values()]
-        if self.existing:
+        if self.sparsity is None and self.threshold is None:
             return [w != 0 for w in weights.values()]
         return list(magnitude_masks(weights, self.sparsity, self.threshold, self.scope).values())
 
