@@ -109,7 +109,10 @@ def swap(
         if not name:
             return new, SwapReport(tuple(layers))
         owner, _, last = name.rpartition(".")
-        setattr(result.get_submodule(owner), last, new)
+        parent = result.get_submodule(owner)
+        setattr(parent, last, new)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # else eval mode computes with the dense weights, by another way
     return result, SwapReport(tuple(layers))
 
 

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxopt.errors import UsageError

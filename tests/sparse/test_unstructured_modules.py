@@ -7,7 +7,8 @@ import io
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
@@ -229,11 +230,23 @@ class TestSwap:
         class Mine(nn.Linear):
             pass
 
-        model = nn.Sequential(Mine(4, 4), sparse_linear(4, 4, 0.9), torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+        model = nn.Sequential(
+            Mine(4, 4), sparse_linear(4, 4, 0.9), torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        )
         model[1].register_forward_hook(lambda *_: None)
         _, report = swap(model, (2, 4), min_sparsity=0, measure=False)
         reasons = [layer.reason for layer in report.layers]
         assert len(report.swapped) == 0 and "subclass" in reasons[0] and "hooks" in reasons[1]
+
+    def test_torchs_own_transformer_layer_has_no_way_around_it(self):
+        model = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
+        )
+        x = torch.randn(2, 5, 8)
+        swapped, report = swap(model.eval(), x, min_sparsity=0, measure=False)
+        assert len(report.swapped) == 4  # not the attention's out_proj, of which only the weight is used
+        with torch.no_grad():
+            torch.testing.assert_close(swapped(x), model(x), rtol=1e-4, atol=1e-5)
 
     def test_auto_prints_what_it_measured(self, capsys):
         conv = sparsify_conv2d_auto(sparse_conv(), (2, 6, 8, 8), verbose=True)
@@ -261,7 +274,9 @@ class TestPruning:
             if mask.any() and not mask.all():
                 assert all_[mask].abs().min() >= all_[~mask].abs().max()
 
-    @given(n=st.integers(0, 4), m=st.integers(1, 5), groups=st.integers(1, 4), conv=st.booleans(), seed=st.integers(0, 99))
+    @given(
+        n=st.integers(0, 4), m=st.integers(1, 5), groups=st.integers(1, 4), conv=st.booleans(), seed=st.integers(0, 99)
+    )
     def test_n_of_m(self, n, m, groups, conv, seed):
         n = min(n, m)
         shape = (3, m * groups, 2, 3) if conv else (3, m * groups)
