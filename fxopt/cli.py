@@ -222,6 +222,84 @@ def report(
 
 
 @app.command()
+def sparsify(
+    model: Model,
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="Layers: a regular expression that a whole path matches; may be repeated.")
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="The share of blocks to keep, in (0, 1]: one, or one for each pattern.")
+    ] = None,
+    unstructured: Annotated[
+        float | None,
+        typer.Option(help="Instead of blocks: make this share of each weight zeros, wherever they are, such as 0.95."),
+    ] = None,
+    block: Annotated[str, typer.Option(help="Rows × columns of a block, such as 32x32.")] = "32x32",
+    select: Annotated[
+        str, typer.Option(help="magnitude, activation, balanced, existing (lossless), or random(SEED).")
+    ] = "magnitude",
+    rescale: Annotated[bool, typer.Option(help="Scale outputs to make up for what is left out.")] = False,
+    guard: Annotated[str, typer.Option(help="auto leaves dense what is no faster; off forces.")] = "auto",
+    tokens: Annotated[str, typer.Option(help="Numbers of rows to time a layer with, such as 1,128.")] = "128",
+    device: Device = "cpu",
+    num_runs: NumRuns = 30,
+    warmup: Warmup = 3,
+    text: Text = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 1,
+    dtype: DType = None,
+    benchmark: Benchmark = True,
+    save: Annotated[Path | None, typer.Option(help="Write the result to this folder.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the tables to this file.")] = None,
+) -> None:
+    """Make weights sparse, and faster so: in blocks, layers by name, or with --unstructured anywhere."""
+    from fxopt import frontend
+    from fxopt import sparsify as sparsifying
+
+    _check_writable(save, json_)
+    if unstructured is not None and density:
+        raise UsageError("--density was given beside --unstructured; give one of them")
+    if unstructured is not None and not 0 <= unstructured <= 1:
+        raise UsageError(f"--unstructured {unstructured} was given; expected a share from 0 to 1, such as 0.95")
+    shape = _numbers(block, "x", "--block", "32x32")
+    patterns = (
+        {}
+        if unstructured is not None
+        else sparsifying.patterns_of(pattern or (), density or (), block=shape, select=select, rescale=rescale)
+    )
+    with err.status(f"loading {model}"):
+        loaded = frontend.load(model, device=device, dtype=dtype)
+        inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
+    rows = _numbers(tokens, ",", "--tokens", "1,128")
+    if unstructured is not None:
+        found = sparsifying.sparsify_unstructured(
+            loaded, inputs, unstructured, pattern or (), guard, benchmark, num_runs, warmup
+        )
+    else:
+        found = sparsifying.sparsify(loaded, inputs, patterns, guard, rows, benchmark, num_runs, warmup)
+    if save is not None and len(found) > 1:
+        raise UsageError(f"--save writes one graph, and {model} has {len(found)}; leave it out")
+    for one in found:
+        out.print(one)
+        if one.summary:
+            out.print(one.summary, highlight=False)
+        if save is not None:
+            one.save(save)
+            out.print(
+                f"saved to {save}; `fxopt log {save}` shows its history, `fxopt undo` takes it back", highlight=False
+            )
+    if json_ is not None:
+        write_aside(json_, json.dumps([one.to_json() for one in found], indent=1) + "\n")
+
+
+def _numbers(text: str, between: str, option: str, example: str) -> tuple[int, ...]:
+    parts = text.replace("×", "x").split(between)
+    if not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"{option} {text} was given, expected numbers such as {example}")
+    return tuple(map(int, parts))
+
+
+@app.command()
 def models() -> None:
     """List the built-in models: configurations with random weights, offline."""
     from fxopt.models import describe

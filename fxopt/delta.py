@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -334,7 +334,7 @@ def _ties(delta: Delta, after: Snapshot) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
-def related(paths: set[str]) -> Callable[[str], Iterator[str]]:
+def related(paths: Collection[str]) -> Callable[[str], Iterator[str]]:
     """Tells which of ``paths`` are a path, hold it, or are inside it."""
     inside: dict[str, list[str]] = {}
     for path in paths:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def _group(delta: Delta) -> dict[Any, int]:
     def union(a: Any, b: Any) -> None:
         parent[find(a)] = find(b)
 
-    paths = {*delta.slots, *(m for m, _ in delta.attributes)}
+    paths = dict.fromkeys((*delta.slots, *(m for m, _ in delta.attributes)))  # in order: rewrites are numbered by it
     members = [("node", k) for k in {**delta.nodes, **delta.metas}] + [("path", p) for p in paths]
     for m in members:
         find(m)
@@ -115,7 +115,7 @@ def _group(delta: Delta) -> dict[Any, int]:
     return {m: numbers.setdefault(find(m), len(numbers)) for m in members}
 
 
-def _join_state(delta: Delta, paths: set[str], union: Any) -> None:
+def _join_state(delta: Delta, paths: Collection[str], union: Any) -> None:
     objects: dict[int, Any] = {}
     for path, pair in delta.slots.items():
         for slot in pair:
@@ -180,7 +180,8 @@ def _module_path(part: Delta) -> str:
         if record.op == "call_module" and not found:
             found.append(path_in(graph_of(key), str(record.target)).split("."))
     if not found:
-        found = [p.rpartition(".")[0].split(".") for p in part.slots]
+        owners = {p.rpartition(".")[0] for p in part.slots}  # a module that was replaced is among them itself
+        found = [(p if p in owners else p.rpartition(".")[0]).split(".") for p in part.slots]
     common: list[str] = []
     for names in zip(*found, strict=False):
         if len(set(names)) > 1:

@@ -7,10 +7,10 @@ import functools
 import hashlib
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -105,7 +105,8 @@ class ReversibleTransformation(Transformation):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if own := cls.__dict__.get("reverse"):
+        own = cls.__dict__.get("reverse")
+        if own is not None and not getattr(own, "_exact", False):
             cls._reverse_by_hand = own
             cls.reverse = _exact(own)  # type: ignore[method-assign]
 
@@ -128,6 +129,15 @@ class ReversibleTransformation(Transformation):
         elif self._reverse_by_hand is not None:
             run(graph_module, ByHand(self))
         return graph_module
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def exact(reverse: Method) -> Method:
+    """Decorates a `reverse` that is no inverse written by hand, but the base's with more options."""
+    reverse._exact = True  # type: ignore[attr-defined]
+    return reverse
 
 
 def _exact(by_hand: Any) -> Any:
@@ -232,7 +242,7 @@ class Site:
             if self.match.dialect == "module" and op.build is not None and _buildable(arguments):
                 node = self._emit_module(op, arguments)
             else:
-                read = {k: self._read(v) for k, v in arguments.items()}
+                read = {k: self.read(v) for k, v in arguments.items()}
                 node = op.emit(graph, self.match.dialect, **read)
         self.describe(node)
         self.made.append(node)
@@ -259,7 +269,8 @@ class Site:
     def _tensor_of(self, value: New | ops.Attr) -> torch.Tensor | None:
         return value.tensor if isinstance(value, New) else ops.constant(self.gm, value)
 
-    def _read(self, value: Any) -> Any:
+    def read(self, value: Any) -> Any:
+        """``value`` as an argument: a `New` is registered, and an `fxopt.ops.Attr` read by a new ``get_attr``."""
         if isinstance(value, New):
             path = self.free(value.path)
             register(self.gm, path, value.tensor, value.persistent)

@@ -1547,6 +1547,10 @@ def layer_norm_linear_layer_norm(
 ): ...
 
 
+@op(fused.block_linear.default)
+def block_linear(x, data, bias, crow, col, index, features, transposed=False): ...
+
+
 @op(fused.packed_linear.default)
 def packed_linear(x, weight, bias=None, activation="none", transposed=False, min_rows=0, max_rows=0): ...
 

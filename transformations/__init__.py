@@ -5,6 +5,7 @@ if __name__ != "fxopt.transformations":
 
 from fxopt.compose import compose
 from fxopt.transformation import ReversibleTransformation, Rewrite, Transformation
+from fxopt.transformations.block_sparsify import BlockSparsify
 from fxopt.transformations.change_truediv_to_mul_by_inverse import ChangeTrueDivToMulByInverse
 from fxopt.transformations.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from fxopt.transformations.eliminate_dead_nodes import EliminateDeadNodes
@@ -36,6 +37,7 @@ from fxopt.transformations.sparsify_weights import SparsifyWeights
 from fxopt.transformations.swap_sparse import SwapSparse
 
 __all__ = [
+    "BlockSparsify",
     "ChangeTrueDivToMulByInverse",
     "EliminateCommonSubexpressions",
     "EliminateDeadNodes",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,7 +40,8 @@ class SwapSparse(Rewrite):
 
     A layer is swapped if `min_sparsity` of its weight are zeros, and if it is faster so, forward and backward, measured
     here and now at the sizes that the graph knows (or those of `inputs`); `backward=False` asks for inference alone,
-    `measure=False` swaps all that are sparse enough.  `report(gm)` tells of every layer.  Undone after training with
+    `measure=False` swaps all that are sparse enough.  `layers` is a regular expression that a layer's whole path matches.
+    `report(gm)` tells of every layer.  A measured decision is not made again in a replay; `settled(gm)` writes it down.  Undone after training with
     ``reverse(gm, edited="carry")``, the trained values stand in the dense weight, at their places.
     """
 
@@ -48,10 +49,15 @@ class SwapSparse(Rewrite):
     inputs: tuple[Any, ...] | Mapping[str, Any] | None = None
     measure: bool = True
     backward: bool = True
+    layers: str = ".*"
 
     pattern = LAYERS
 
     def __post_init__(self) -> None:
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise UsageError(f"layers={self.layers!r} is no regular expression: {error}") from None
         check_share("min_sparsity", self.min_sparsity)
         object.__setattr__(self, "replayable", not self.measure)
 
@@ -68,9 +74,21 @@ class SwapSparse(Rewrite):
         inner = [_FOUND.get(g, {}).get(self.signature, {}) for g in graphs(gm).values()]
         return SwapReport(tuple(layer for layers in inner for layer in layers.values()))
 
+    def settled(self, gm: GraphModule) -> SwapSparse:
+        """This transformation with what it decides for `gm` written down: the same in every process, and replayable."""
+        if self.inputs is not None:
+            propagate(gm, self.inputs)
+        for inner in graphs(gm).values():
+            _FOUND.setdefault(inner, {})[self.signature] = {}
+        for _ in self.misses(gm):
+            pass
+        names = "|".join(re.escape(layer.name) for layer in self.report(gm).swapped)
+        return replace(self, inputs=None, measure=False, layers=names)
+
     def check(self, at: Site, **bound: Any) -> str | None:
         found = Found.of(at, **bound)
-        if (reason := found.refusal()) is not None:
+        refused = None if re.fullmatch(self.layers, found.name) else f"its name does not match {self.layers!r}"
+        if (reason := refused or found.refusal()) is not None:
             held = at.tensor(found.weight)
             kind = "Conv2d" if found.op is ops.conv2d else "Linear"
             layer = Layer(found.name, kind, tuple(held.shape) if held is not None else (), None, None, False, reason)

@@ -5,6 +5,7 @@ Every one is a single node to `torch.fx`, `torch.export` and `torch.compile`, ha
 on any device and floating dtype; `PAYS` says where it is faster than the operators it replaces.
 """
 
+from fxopt.kernels import block_linear as block_linear  # registers; the layers that use it are timed one by one
 from fxopt.kernels.convolution import conv_relu
 from fxopt.kernels.gating import swiglu, swiglu_packed
 from fxopt.kernels.linear import linear_gelu, linear_relu

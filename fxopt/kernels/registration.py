@@ -68,3 +68,41 @@ def register(reference: Callable[..., Any], kernel: Callable[..., Any]) -> OpOve
     _library.impl(name, with_autograd, "Autograd")
     torch.library.register_fake(f"fxopt::{name}", reference, lib=_library)
     return overload
+
+
+def differentiable(
+    name: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    keep: Callable[..., None],
+    backward: Callable[..., Any],
+) -> OpOverload[..., Any]:
+    """
+    Make `torch.ops.fxopt.NAME` of a kernel with a backward of its own, and return its overload.
+
+    `kernel` gives the schema, and returns fresh contiguous tensors; `fake` gives their shapes. `keep(ctx, inputs,
+    output)` and `backward(ctx, *gradients)` are those of `torch.library.register_autograd`; a backward made of
+    operators that are differentiable themselves can be differentiated again. Under autocast, floating tensors are cast
+    as for a linear layer.
+    """
+    _library.define(name + torch.library.infer_schema(kernel, mutates_args=()))
+    overload: OpOverload[..., Any] = getattr(torch.ops.fxopt, name).default
+    qualified = f"fxopt::{name}"
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_autograd(qualified, backward, setup_context=keep, lib=_library)
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(name, _autocast(overload, device_type), key)
+    return overload
+
+
+def _autocast(overload: OpOverload[..., Any], device_type: str) -> Callable[..., Any]:
+    off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+
+    def cast(*arguments: Any) -> Any:
+        to = torch.get_autocast_dtype(device_type)
+        floating = (isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 for a in arguments)
+        with torch._C._ExcludeDispatchKeyGuard(off):
+            return overload(*(a.to(to) if f else a for a, f in zip(arguments, floating, strict=True)))
+
+    return cast

@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,15 @@ class SwapReport:
     def swapped(self) -> tuple[Layer, ...]:
         """The layers that became sparse."""
         return tuple(layer for layer in self.layers if layer.swapped)
+
+    @property
+    def changed(self) -> bool:
+        """Whether any layer became sparse."""
+        return bool(self.swapped)
+
+    def to_json(self) -> dict[str, object]:
+        """All figures as plain values."""
+        return {"layers": [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
         lines = [str(layer) for layer in self.layers]

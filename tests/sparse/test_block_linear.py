@@ -1,0 +1,221 @@
+"""`BlockSparseLinear` as a module, and which blocks it keeps."""
+
+import copy
+
+import pytest
+import scipy.sparse
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fxopt.errors import UsageError
+from fxopt.sparse import BlockSparseLinear, kept_blocks
+from fxopt.sparse.block_select import block_energy
+
+SELECTS = ("magnitude", "balanced", "random", "random(3)", "existing")
+
+
+def expand(layer):
+    bo, bi = layer.block_shape
+    return layer.mask.repeat_interleave(bo, 0).repeat_interleave(bi, 1)[: layer.out_features, : layer.in_features]
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("shape", ((64, 96), (70, 100), (1, 1), (33, 7)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_it_keeps_blocks_of_the_dense_weight(select, shape, dtype):
+    linear = nn.Linear(shape[1], shape[0], dtype=dtype)
+    layer = BlockSparseLinear.from_dense(linear, 0.5, select=select, block_shape=(16, 32))
+    assert torch.equal(layer.weight, linear.weight * expand(layer))
+    assert layer.bias is linear.bias
+    assert layer.mask.sum() == layer.data.shape[0] >= 1
+    x = torch.randn(2, 3, shape[1], dtype=dtype)
+    wanted = F.linear(x.double(), layer.weight.double(), linear.bias.double())
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 5e-2)
+    assert torch.equal(layer.to_dense().weight, layer.weight)
+
+
+def test_density_one_is_the_dense_layer():
+    linear, x = nn.Linear(100, 70), torch.randn(5, 100)
+    layer = BlockSparseLinear.from_dense(linear, 1.0)
+    assert torch.equal(layer.weight, linear.weight)
+    torch.testing.assert_close(layer(x), linear(x))
+
+
+def test_magnitude_keeps_the_most_energy():
+    weight = torch.randn(128, 128)
+    energy = block_energy(weight, (16, 16))
+    for name in SELECTS[1:4]:
+        other = kept_blocks(weight, (16, 16), 0.3, name)
+        assert energy[kept_blocks(weight, (16, 16), 0.3)].sum() >= energy[other].sum()
+    assert kept_blocks(weight, (16, 16), 0.3).sum() == round(0.3 * 64)
+    assert kept_blocks(weight, (16, 16), 0.25, "balanced").sum(1).tolist() == [2] * 8
+
+
+def test_activation_loses_less_of_the_output_than_magnitude():
+    torch.manual_seed(0)
+    scale = torch.logspace(-2, 1, 256)[torch.randperm(256)].view(16, 16).sort(1).values.flatten()
+    linear, x = nn.Linear(256, 128, bias=False), torch.randn(500, 256) * scale
+    errors = {}
+    for select in ("magnitude", "activation"):
+        layer = BlockSparseLinear.from_dense(linear, 0.3, select=select, block_shape=(16, 16), inputs=x)
+        errors[select] = float((layer(x) - linear(x)).detach().norm())
+    assert errors["activation"] < 0.9 * errors["magnitude"], errors
+
+
+def test_rescale_comes_closer():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(128, 64, bias=False), torch.randn(300, 1) + 0.3 * torch.randn(300, 128)
+    plain, scaled = (
+        BlockSparseLinear.from_dense(linear, 0.5, block_shape=(16, 16), inputs=x, rescale=r) for r in (False, True)
+    )
+    lost = [float((layer(x) - linear(x)).detach().norm()) for layer in (plain, scaled)]
+    assert lost[1] < lost[0]
+    by_norm = BlockSparseLinear.from_dense(linear, 0.5, block_shape=(16, 16), rescale=True)
+    kept = by_norm.weight.norm(dim=1) > 0
+    torch.testing.assert_close(by_norm.weight.norm(dim=1)[kept], linear.weight.norm(dim=1)[kept])
+
+
+def test_random_is_its_seed():
+    weight = torch.randn(128, 128)
+    a, b, c = (kept_blocks(weight, (16, 16), 0.3, f"random({s})") for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_existing_is_lossless():
+    linear = nn.Linear(128, 96)
+    with torch.no_grad():
+        linear.weight[:, 32:96] = 0
+        linear.weight[5, 70] = 1
+    layer = BlockSparseLinear.from_dense(linear, select="existing")
+    assert torch.equal(layer.weight, linear.weight) and layer.data.shape[0] == 7
+
+
+@pytest.mark.parametrize("kind", ("blocks", "elements", "scipy", "torch", "numpy"))
+def test_a_mask_may_be_given(kind):
+    linear = nn.Linear(128, 96)
+    blocks = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    elements = blocks.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    mask = {
+        "blocks": blocks,
+        "elements": elements,
+        "scipy": scipy.sparse.bsr_array(elements.float().numpy(), blocksize=(32, 32)),
+        "torch": elements.float().to_sparse(),
+        "numpy": blocks.numpy(),
+    }[kind]
+    layer = BlockSparseLinear.from_dense(linear, mask=mask)
+    assert torch.equal(layer.mask, blocks)
+    assert torch.equal(BlockSparseLinear.from_dense(linear, select=mask).mask, blocks)
+
+
+def test_a_conv1d_of_transformers_is_one_too():
+    linear, x = Conv1D(64, 96), torch.randn(3, 96)
+    layer = BlockSparseLinear.from_dense(linear, 1.0)
+    torch.testing.assert_close(layer(x), linear(x))
+
+
+def test_made_from_nothing():
+    torch.manual_seed(0)
+    layer = BlockSparseLinear(1000, 500, density=0.25, block_shape=(16, 64))
+    assert layer.density == pytest.approx(0.25, abs=0.01)
+    with torch.no_grad():
+        y = layer(torch.randn(200, 1000))
+        dense = nn.Linear(1000, 500)(torch.randn(200, 1000))
+    assert 0.7 < float(y.std() / dense.std()) < 1.4
+    padding = layer.data.numel() - int(layer.dense(torch.ones_like(layer.data)).sum())
+    assert padding > 0 and int((layer.data == 0).sum()) == padding
+
+
+def test_padding_stays_zero_in_training():
+    layer = BlockSparseLinear(100, 70, density=0.6, block_shape=(32, 32))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(8, 100)).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(layer.data.square().sum(), layer.weight.square().sum())
+
+
+def test_its_state_goes_through_safetensors():
+    a = BlockSparseLinear(100, 70, density=0.4, block_shape=(16, 32))
+    state = load(save(a.state_dict()))
+    assert {k: v.dtype for k, v in state.items() if k in ("crow", "col")} == {"crow": torch.int32, "col": torch.int32}
+    assert state["data"].shape[1:] == (16, 32) and set(state) == {"data", "bias", "crow", "col"}
+    b = BlockSparseLinear(100, 70, density=0.4, block_shape=(16, 32))
+    held = b.data
+    b.load_state_dict(state)
+    x = torch.randn(3, 100)
+    assert b.data is held and torch.equal(a(x), b(x))
+    a(x).sum().backward()
+    b(x).sum().backward()
+    assert torch.equal(a.data.grad, b.data.grad)
+
+
+def test_the_state_of_a_dense_layer_loads():
+    linear, layer = nn.Linear(100, 70), BlockSparseLinear(100, 70, density=0.4, block_shape=(16, 32))
+    layer.load_state_dict(linear.state_dict())
+    assert torch.equal(layer.weight, linear.weight * expand(layer)) and torch.equal(layer.bias, linear.bias)
+
+
+@pytest.mark.parametrize("assign", (False, True))
+def test_on_the_meta_device_it_waits_for_its_state(assign):
+    a = BlockSparseLinear(100, 70, density=0.4)
+    b = BlockSparseLinear(100, 70, density=0.4, device="meta")
+    if not assign:
+        b = b.to_empty(device="cpu")
+    b.load_state_dict(a.state_dict(), assign=assign)
+    x = torch.randn(3, 100)
+    b(x).sum().backward()
+    a(x).sum().backward()
+    assert torch.equal(a.data.grad, b.data.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (lambda s: s.update(col=s["col"].flip(0)), "do not name each block once, in order"),
+        (lambda s: s.update(crow=s["crow"] * 0), "do not count the blocks row by row"),
+        (lambda s: s.update(col=s["col"] + 100), "do not name each block once"),
+        (lambda s: s.update(col=s["col"][:-1]), "make the layer with the density and block shape"),
+        (lambda s: (s.clear(), s.update(weight=torch.ones(3, 3))), r"weight is \(3, 3\), expected \(70, 100\)"),
+    ),
+)
+def test_state_that_does_not_fit_is_refused(change, message):
+    layer = BlockSparseLinear(100, 70, density=0.4, block_shape=(16, 32))
+    state = dict(layer.state_dict())
+    change(state)
+    before = layer.weight.clone()
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.weight, before)
+
+
+def test_copies_and_casts():
+    layer, x = BlockSparseLinear(100, 70, density=0.4), torch.randn(2, 100)
+    again = copy.deepcopy(layer)
+    assert torch.equal(again(x), layer(x)) and again.data is not layer.data
+    assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16 and layer.crow.dtype == torch.int32
+    assert "density=0.417, block_shape=(32, 32)" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    (
+        (lambda: BlockSparseLinear(8, 8, density=0), r"density=0 was given, expected a number in \(0, 1\]"),
+        (lambda: BlockSparseLinear(8, 8, density=1.5), "density=1.5 was given"),
+        (lambda: BlockSparseLinear(8, 8, block_shape=(0, 3)), r"block_shape=\(0, 3\) was given"),
+        (lambda: BlockSparseLinear(8, 8, block_shape=32), "block_shape=32 was given"),
+        (lambda: BlockSparseLinear.from_dense(nn.ReLU(), 0.5), "a ReLU was given, expected torch.nn.Linear"),
+        (lambda: BlockSparseLinear.from_dense(nn.Bilinear(2, 2, 2), 0.5), "a Bilinear was given"),
+        (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64)), "needs a density"),
+        (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), 0.5, select="best"), "select='best' was given"),
+        (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), 0.5, select="activation"), "needs inputs"),
+        (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), torch.ones(3, 3)), r"mask of shape \(3, 3\)"),
+    ),
+)
+def test_bad_input_is_one_line(make, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)

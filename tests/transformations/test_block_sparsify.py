@@ -1,0 +1,299 @@
+"""`BlockSparsify` in the three dialects: by name, exact in reverse, tied layers, training, and what it refuses."""
+
+import copy
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.errors import Conflict, UsageError
+from fxopt.history import history
+from fxopt.kernels.block_linear import block_linear
+from fxopt.models import build
+from fxopt.sparse import BlockRegrow, BlockSparseLinear, Spec, following
+from fxopt.text import show
+from fxopt.transformations import BlockSparsify, EliminateDropout, MergeLinears
+from tests.rewriting import DIALECTS, nodes, rewrites, state, trace
+
+
+class Net(nn.Module):
+    def __init__(self, bias=True):
+        super().__init__()
+        self.up, self.down = nn.Linear(48, 64, bias=bias), nn.Linear(64, 40, bias=bias)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+class Tied(nn.Module):
+    """One weight under two biases, and one module called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(48, 48), nn.Linear(48, 48, bias=False), nn.Linear(48, 48)
+        self.c.weight = self.b.weight
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.b(h) + self.c(h) + self.b(torch.tanh(h)) + self.a(h)
+
+
+class GPTBlock(nn.Module):
+    """Weights (in, out), as those of GPT-2."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(48, 48)), nn.Parameter(torch.randn(48))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def force(patterns, **options):
+    return BlockSparsify(patterns, guard="off", **options)
+
+
+def X(rows=3):
+    return (torch.randn(rows, 48),)
+
+
+EXISTING = Spec(block=(16, 16), select="existing")
+
+
+@pytest.mark.parametrize("bias", (True, False))
+def test_lossless_it_computes_the_same_and_is_undone_exactly(bias):
+    model = Net(bias)
+    with torch.no_grad():
+        model.up.weight[:16, 16:] = 0
+    up, down = (f"{p}.bias" if bias else "None" for p in ("up", "down"))
+    functions = f"""
+        %0 = block_linear(x, up.data, {up}, up.crow, up.col, up.index, 64)
+        %1 = relu(%0)
+        %2 = block_linear(%1, down.data, {down}, down.crow, down.col, down.index, 40)
+        return %2
+    """
+    modules = """
+        %0 = up(x)
+        %1 = relu(%0)
+        %2 = down(%1)
+        return %2
+    """
+    after = {"module": modules, "function": functions, "aten": functions}
+    found = rewrites(force({"up|down": EXISTING}), model, X(), after, count=2, atol=1e-5)
+    assert type(found["module"].up) is BlockSparseLinear and found["module"].up.mask.sum() == 10
+    assert found["aten"].up.data.shape == (10, 16, 16) and "up.index" not in found["aten"].state_dict()
+
+
+def test_weights_in_out():
+    rewrites(force({"weight": EXISTING}), GPTBlock(), X(), None, count=1, dialects=("function", "aten"), atol=1e-4)
+
+
+def test_tied_layers_change_together():
+    for dialect, gm in rewrites(force({"a|b": EXISTING}), Tied(), X(), None, count=2, atol=1e-4).items():
+        data = [p for n, p in gm.named_parameters() if n.endswith("data")]
+        assert len(data) == 2, dialect
+        if dialect == "module":
+            assert gm.b.data is gm.c.data and gm.c.bias is not None and gm.b.bias is None
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_one_rewrite_is_undone_alone(dialect):
+    gm = trace(Net().eval(), X(), dialect)
+    force({".*": 0.5})(gm)
+    first = history(gm)[-1].rewrites[0]
+    assert first.module_path == "up"
+    first.reverse()
+    text = show(gm)
+    assert "down.data" in text or type(gm.down) is BlockSparseLinear
+    assert gm.up.weight.shape == (64, 48)
+    first.apply()
+    assert not hasattr(gm.up, "weight") or isinstance(gm.up, BlockSparseLinear)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("mode", ("zeros", "merge"))
+@pytest.mark.parametrize("model", (Net, Tied, GPTBlock))
+def test_trained_the_caller_chooses(dialect, mode, model):
+    torch.manual_seed(0)
+    if model is GPTBlock and dialect == "module":
+        dialect = "function"
+    gm, x = trace(model().eval(), X(), dialect), X()
+    before, originals = state(gm), {k: v.clone() for k, v in gm.state_dict().items()}
+    sparsify = force({".*": (0.4, (16, 16))})
+    sparsify(gm)
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    gm(*x).square().mean().backward()
+    optimizer.step()
+    code, trained = gm.code, gm(*x)
+    with pytest.raises(Conflict, match=r"edited since.*say mode='zeros'"):
+        sparsify.reverse(gm)
+    assert gm.code == code and torch.equal(gm(*x), trained)
+    other = copy.deepcopy(gm)
+    sparsify.reverse(gm, mode=mode)
+    if mode == "zeros":
+        torch.testing.assert_close(gm(*x), trained)
+    assert [k for k, *_ in state(gm)] == [k for k, *_ in before]
+    for name, value in gm.state_dict().items():
+        if name.endswith("weight"):
+            changed = value != originals[name]
+            assert changed.any()
+            share = float((value == 0).float().mean()) if mode == "zeros" else float((~changed).float().mean())
+            assert 0.4 < share < 0.8
+    sparsify.reverse(other, edited="discard")
+    assert all(torch.equal(v, originals[k]) for k, v in other.state_dict().items() if k.endswith("weight"))
+    with pytest.raises(UsageError, match="mode='x' was given"):
+        sparsify.reverse(gm, mode="x")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_optimizer_and_regrowth_on_a_graph(dialect):
+    gm, x = trace(Net().eval(), X(), dialect), X()
+    sparsify = force({".*": (0.4, (16, 16))})
+    optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-2)
+
+    def step():
+        optimizer.zero_grad()
+        gm(*x).square().mean().backward()
+        optimizer.step()
+
+    step()
+    with following(optimizer, gm):
+        sparsify(gm)
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert held == {id(p) for p in gm.parameters()} and all(len(optimizer.state[p]) for p in gm.parameters())
+    BlockRegrow(gm, optimizer, fraction=0.3).step()
+    step()
+    trained = gm(*x)
+    with following(optimizer, gm):
+        sparsify.reverse(gm, mode="zeros")
+    torch.testing.assert_close(gm(*x), trained)
+    step()
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in gm.parameters()}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@hypothesis.settings(max_examples=12, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(
+    sizes=st.lists(st.integers(1, 70), min_size=2, max_size=4),
+    density=st.floats(0.01, 1),
+    block=st.sampled_from(((16, 16), (32, 16), (8, 24))),
+    select=st.sampled_from(("magnitude", "balanced", "random(5)", "activation", "existing")),
+    rescale=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_it_is_the_masked_model_and_comes_back(dialect, sizes, density, block, select, rescale, seed):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(a, b, bias=bool(seed % 2)) for a, b in itertools.pairwise(sizes)]
+    model = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh()))).eval()
+    x = (torch.randn(5, sizes[0]),)
+    gm = trace(model, x, dialect)
+    before, code, listed, wanted = state(gm), gm.code, nodes(gm), gm(*x)
+    sparsify = force({"[0-9]+": Spec(density, block, select, rescale)}, inputs=x)
+    sparsify(gm)
+    dense = copy.deepcopy(model).double()
+    for i, layer in enumerate(layers):
+        made = BlockSparseLinear.from_dense(
+            layer, density, select=select, block_shape=block, inputs=_inputs(model, 2 * i, x), rescale=rescale
+        )
+        dense[2 * i].weight = nn.Parameter(made.weight.detach().double())
+    torch.testing.assert_close(gm(*x).double(), dense(x[0].double()), rtol=1e-4, atol=1e-5)
+    sparsify.reverse(gm)
+    assert state(gm) == before and gm.code == code and nodes(gm) == listed and torch.equal(gm(*x), wanted)
+
+
+def _inputs(model, index, x):
+    with torch.no_grad():
+        return model[:index](*x)
+
+
+@pytest.mark.parametrize("name", ("bert-base-tiny", "gpt2-tiny", "llama-small-tiny"))
+def test_on_a_captured_model(name):
+    model = build(name).eval()
+    given = {"input_ids": torch.arange(5, 37).reshape(2, 16)}
+    if name != "bert-base-tiny":
+        given["use_cache"] = False
+    gm = fxopt.capture(model, given)
+    before, wanted = state(gm), gm(**given)
+    sparsify = force({".*(fc|dense|proj).*": (0.5, (16, 16), "activation")}, inputs=given)
+    plan = sparsify.plan(gm)
+    assert len(plan) >= 4 and all(x.error is not None for x in plan)
+    EliminateDropout()(gm)
+    sparsify(gm)
+    MergeLinears()(gm)
+    found = [n for n in gm.graph.nodes if n.target is block_linear]
+    assert len(found) == len(plan) and all(tuple(n.meta["val"].shape)[-1] == n.args[6] for n in found)
+    gm(**given)
+    sparsify.reverse(gm)
+    MergeLinears().reverse(gm)
+    EliminateDropout().reverse(gm)
+    assert state(gm) == before
+    for a, b in zip(_tensors(gm(**given)), _tensors(wanted), strict=True):
+        assert torch.equal(a, b)
+
+
+def _tensors(value):
+    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+
+def test_the_guard_leaves_dense_what_is_no_faster_and_says_so():
+    gm = trace(Net().eval(), X(), "aten")
+    sparsify = BlockSparsify({"up": 1.0}, tokens=(8,))
+    code = gm.code
+    sparsify(gm)
+    assert gm.code == code and not history(gm)[-1].rewrites
+    reasons = {m.node.name: m.reason for m in sparsify.misses(gm)}
+    assert any("no faster block-sparse" in r and "at 8 tokens" in r for r in reasons.values())
+    assert any(r == "no pattern matches down" for r in reasons.values())
+    assert sparsify.settled(gm).patterns == ()
+
+
+def test_settled_it_is_saved_and_loaded(tmp_path):
+    gm, x = fxopt.capture(Net().eval(), X()), X()
+    force({"up": 0.5, "do.*": 0.25}).settled(gm)(gm)
+    assert history(gm)[-1].signature.startswith(r"BlockSparsify(patterns=(('up', 0.5, (32, 32), 'magnitude', False),")
+    fxopt.save(gm, tmp_path / "saved")
+    again = fxopt.load(tmp_path / "saved")
+    assert torch.equal(again(*x), gm(*x))
+    history(again).undo(0)
+    assert "block_linear" not in again.code
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(64, 48), nn.Linear(48, 64, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_weight_that_is_an_embedding_too_stays(dialect):
+    gm = trace(Embedded().eval(), (torch.arange(7),), dialect)
+    code, sparsify = gm.code, force({"head|embedding": 0.5})
+    sparsify(gm)
+    assert gm.code == code and any("needs it dense" in m.reason for m in sparsify.misses(gm))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    (
+        ({"nothing": 0.5}, "the pattern 'nothing' matches no linear layer; a pattern matches a whole path"),
+        ({"up": 0.5, "u.": 0.5}, "an earlier pattern takes them"),
+        ({"up": 1.5}, "density=1.5 was given"),
+        ({"up": (0.5, (16, 16), "activation")}, 'up: select="activation" needs inputs'),
+        ({"up": Spec(select=torch.ones(7, 7))}, r"up: a mask of shape \(7, 7\) was given"),
+        (["up"], "expected a regular expression|was given, expected"),
+    ),
+)
+def test_bad_input_leaves_the_graph_alone(patterns, message):
+    gm = trace(Net().eval(), X(), "aten")
+    code, before = gm.code, state(gm)
+    with pytest.raises(fxopt.errors.FxoptError, match=message) as caught:
+        force(patterns)(gm)
+    assert "\n" not in str(caught.value) and gm.code == code and state(gm) == before
