@@ -262,11 +262,9 @@ def sparsify(
     if unstructured is not None and not 0 <= unstructured <= 1:
         raise UsageError(f"--unstructured {unstructured} was given; expected a share from 0 to 1, such as 0.95")
     shape = _numbers(block, "x", "--block", "32x32")
-    patterns = (
-        {}
-        if unstructured is not None
-        else sparsifying.patterns_of(pattern or (), density or (), block=shape, select=select, rescale=rescale)
-    )
+    patterns = {}
+    if unstructured is None:
+        patterns = sparsifying.patterns_of(pattern or (), density or (), block=shape, select=select, rescale=rescale)
     with err.status(f"loading {model}"):
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)

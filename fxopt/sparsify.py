@@ -39,7 +39,8 @@ class Sparsified:
         said = [] if self.error is None else [f"the output differs by {self.error:.1%} from the dense model's"]
         if self.comparison is not None:
             low, high = self.comparison.interval
-            speed = f"{1 / self.comparison.ratio:.2f} × as fast [{1 / high:.2f}, {1 / low:.2f}]"
+            best = f"{1 / low:.2f}" if low > 0 else "∞"  # few rounds bound nothing
+            speed = f"{1 / self.comparison.ratio:.2f} × as fast [{1 / high:.2f}, {best}]"
             said.insert(0, f"the model is {speed}, {self.comparison.conclusion}")
         return "; ".join(said)
 

@@ -33,8 +33,8 @@ class SparsifyWeights(ReversibleTransformation):
 
     Not what the model computed: elements of the weights become zeros.  Also ``addmm`` and ``mm``.  At most one of
     `sparsity`, the share of zeros (those of least magnitude), and `threshold`, up to which magnitudes become zeros;
-    without any, or with `existing`, the zeros that are there stay and nothing changes.  `scope` is "uniform", each layer
-    for itself, or "global".  `pattern` "2:4", or another N:M, keeps the 2 largest of every 4 inputs of a layer instead.
+    without any, or with `existing`, the zeros that are there stay and nothing changes.  `scope` is "uniform", each
+    layer for itself, or "global".  `pattern` "2:4", or another N:M, keeps the 2 largest of every 4 inputs of a layer instead.
     `layers` is a regular expression that a layer's whole path matches.  `report(gm)` tells of every layer.
     ``SwapSparse`` then makes use of the zeros.  Undone after training with ``reverse(gm, edited="carry")``, the
     trained weights take the place of the original ones.
@@ -52,9 +52,8 @@ class SparsifyWeights(ReversibleTransformation):
         asked = (self.sparsity is not None) + (self.threshold is not None) + bool(self.existing) + (n_m is not None)
         if asked > 1:
             given = f"sparsity={self.sparsity}, threshold={self.threshold}, existing={self.existing}"
-            raise UsageError(
-                f"{given}, pattern={self.pattern!r} were given; expected at most one of sparsity, threshold, existing, N:M"
-            )
+            wanted = "at most one of sparsity, threshold, existing, N:M"
+            raise UsageError(f"{given}, pattern={self.pattern!r} were given; expected {wanted}")
         if self.sparsity is not None:
             check_share("sparsity", self.sparsity)
         if self.threshold is not None and not self.threshold >= 0:

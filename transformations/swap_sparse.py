@@ -40,9 +40,9 @@ class SwapSparse(Rewrite):
 
     A layer is swapped if `min_sparsity` of its weight are zeros, and if it is faster so, forward and backward, measured
     here and now at the sizes that the graph knows (or those of `inputs`); `backward=False` asks for inference alone,
-    `measure=False` swaps all that are sparse enough.  `layers` is a regular expression that a layer's whole path matches.
-    `report(gm)` tells of every layer.  A measured decision is not made again in a replay; `settled(gm)` writes it down.  Undone after training with
-    ``reverse(gm, edited="carry")``, the trained values stand in the dense weight, at their places.
+    `measure=False` swaps all that are sparse enough.  `layers` is a regular expression that a layer's whole path
+    matches.  `report(gm)` tells of every layer; `settled(gm)` writes down what was measured, so that a replay does the
+    same.  Undone after training with ``reverse(gm, edited="carry")``, the trained values stand in the dense weight.
     """
 
     min_sparsity: float = 0.5

@@ -216,7 +216,7 @@ class TestSwap:
             (lambda m: swap(m, (2, 12), min_sparsity=80), "min_sparsity=80 was given"),
             (lambda m: swap(m, (2, 12), skip_modules=["9"]), "skip_modules has '9', which the model has not"),
             (lambda m: sparsify_if_faster(nn.ReLU(), (2, 12)), "a ReLU was given"),
-            (lambda m: sparsify_if_faster(m[0], (2, 13)), r"input_shape \(2, 13\) was given; this layer takes \(\.\.\., 12\)"),
+            (lambda m: sparsify_if_faster(m[0], (2, 13)), r"input_shape \(2, 13\) was given; this layer takes \(\.\.\., 12\)"),  # noqa: E501
             (lambda m: sparsify_conv2d_auto(sparse_conv(), (2, 5, 8, 8)), r"takes \(batch, 6, height, width\)"),
         ],
     )  # fmt: skip

@@ -97,7 +97,7 @@ def _nan() -> nn.Module:
     [
         (SparsifyWeights(sparsity=0.5), _nan(), torch.randn(2, 4), "NaN or infinite"),
         (SparsifyWeights(pattern="2:4"), nn.Sequential(nn.Linear(6, 4)), torch.randn(2, 6), "which 4 does not divide"),
-        (SparsifyWeights(sparsity=0.5, layers="x"), nn.Sequential(nn.Linear(6, 4)), torch.randn(2, 6), "does not match 'x'"),
+        (SparsifyWeights(sparsity=0.5, layers="x"), nn.Sequential(nn.Linear(6, 4)), torch.randn(2, 6), "does not match 'x'"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_near_misses(prune, net, x, reason):
