@@ -34,7 +34,7 @@ class SparsifyWeights(ReversibleTransformation):
     Not what the model computed: elements of the weights become zeros.  Also ``addmm`` and ``mm``.  At most one of
     `sparsity`, the share of zeros (those of least magnitude), and `threshold`, up to which magnitudes become zeros;
     without any, or with `existing`, the zeros that are there stay and nothing changes.  `scope` is "uniform", each
-    layer for itself, or "global".  `pattern` "2:4", or another N:M, keeps the 2 largest of every 4 inputs of a layer instead.
+    layer for itself, or "global".  `pattern` "2:4", or another N:M, keeps the 2 largest of every 4 inputs instead.
     `layers` is a regular expression that a layer's whole path matches.  `report(gm)` tells of every layer.
     ``SwapSparse`` then makes use of the zeros.  Undone after training with ``reverse(gm, edited="carry")``, the
     trained weights take the place of the original ones.

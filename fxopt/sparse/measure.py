@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from fxopt.kernels.unstructured_conv import SparseConv2d
@@ -148,8 +149,7 @@ class SwapReport:
         heads = "".join(f"<th>{h}</th>" for h in ("layer", "weight", "zeros", "forward", "backward", "is now", "why"))
         return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
 
-    def __rich__(self) -> object:
-        from rich.table import Table
+    def __rich__(self) -> Table:
 
         table = Table("layer", "weight", "zeros", "forward", "backward", "is now", "why")
         for layer in self.layers:
