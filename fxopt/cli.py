@@ -235,6 +235,10 @@ def sparsify(
     density: Annotated[
         list[float] | None, typer.Option(help="The share of blocks to keep, in (0, 1]: one, or one for each pattern.")
     ] = None,
+    unstructured: Annotated[
+        float | None,
+        typer.Option(help="Instead of blocks: make this share of each weight zeros, wherever they are, such as 0.95."),
+    ] = None,
     block: Annotated[str, typer.Option(help="Rows × columns of a block, such as 32x32.")] = "32x32",
     select: Annotated[
         str, typer.Option(help="magnitude, activation, balanced, existing (lossless), or random(SEED).")
@@ -253,18 +257,29 @@ def sparsify(
     save: Annotated[Path | None, typer.Option(help="Write the result to this folder.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the tables to this file.")] = None,
 ) -> None:
-    """Keep some blocks of the weights of linear layers, by name, where that is faster."""
+    """Make weights sparse, and faster so: in blocks, layers by name, or with --unstructured anywhere."""
     from fxopt import frontend
     from fxopt import sparsify as sparsifying
 
     _check_writable(save, json_)
+    if unstructured is not None and density:
+        raise UsageError("--density was given beside --unstructured; give one of them")
+    if unstructured is not None and not 0 <= unstructured <= 1:
+        raise UsageError(f"--unstructured {unstructured} was given; expected a share from 0 to 1, such as 0.95")
     shape = _numbers(block, "x", "--block", "32x32")
-    patterns = sparsifying.patterns_of(pattern or (), density or (), block=shape, select=select, rescale=rescale)
+    patterns = {}
+    if unstructured is None:
+        patterns = sparsifying.patterns_of(pattern or (), density or (), block=shape, select=select, rescale=rescale)
     with err.status(f"loading {model}"):
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
     rows = _numbers(tokens, ",", "--tokens", "1,128")
-    found = sparsifying.sparsify(loaded, inputs, patterns, guard, rows, benchmark, num_runs, warmup)
+    if unstructured is not None:
+        found = sparsifying.sparsify_unstructured(
+            loaded, inputs, unstructured, pattern or (), guard, benchmark, num_runs, warmup
+        )
+    else:
+        found = sparsifying.sparsify(loaded, inputs, patterns, guard, rows, benchmark, num_runs, warmup)
     if save is not None and len(found) > 1:
         raise UsageError(f"--save writes one graph, and {model} has {len(found)}; leave it out")
     for one in found:

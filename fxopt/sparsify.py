@@ -18,8 +18,9 @@ from fxopt.benchmark import Comparison, benchmark
 from fxopt.errors import UsageError
 from fxopt.sparse.block_patcher import call
 from fxopt.sparse.block_report import SparsifyReport
+from fxopt.sparse.measure import SwapReport
 from fxopt.store import save
-from fxopt.transformations import BlockSparsify
+from fxopt.transformations import BlockSparsify, SparsifyWeights, SwapSparse
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sparsified:
 
     name: str
     gm: GraphModule  # its history can be undone
-    layers: SparsifyReport
+    layers: SparsifyReport | SwapReport
     error: float | None  # of the first floating output on the example inputs, relative to the dense one
     comparison: Comparison | None
 
@@ -38,7 +39,8 @@ class Sparsified:
         said = [] if self.error is None else [f"the output differs by {self.error:.1%} from the dense model's"]
         if self.comparison is not None:
             low, high = self.comparison.interval
-            speed = f"{1 / self.comparison.ratio:.2f} × as fast [{1 / high:.2f}, {1 / low:.2f}]"
+            best = f"{1 / low:.2f}" if low > 0 else "∞"  # few rounds bound nothing
+            speed = f"{1 / self.comparison.ratio:.2f} × as fast [{1 / high:.2f}, {best}]"
             said.insert(0, f"the model is {speed}, {self.comparison.conclusion}")
         return "; ".join(said)
 
@@ -87,6 +89,44 @@ def sparsify(
         if benchmarked and layers.changed:
             comparison = benchmark(dense, gm, inputs, rounds=rounds, warmup=warmup)
         found.append(Sparsified(name, gm, layers, _difference(dense, gm, inputs), comparison))
+    return found
+
+
+def sparsify_unstructured(
+    model: nn.Module,
+    given: Mapping[str, Any],
+    sparsity: float,
+    names: Sequence[str] = (),
+    guard: str = "auto",
+    benchmarked: bool = True,
+    rounds: int = 30,
+    warmup: int = 3,
+) -> list[Sparsified]:
+    """
+    Capture ``model``, make that share of each weight zeros, those of least magnitude, and compute without them.
+
+    ``names``: regular expressions, one of which a layer's whole path matches; all layers by default.  With ``guard``
+    "auto" a layer stays dense that is not faster in inference, "off" forces; the zeros are there either way.
+    """
+    if guard not in ("auto", "off"):
+        raise UsageError(f"guard={guard!r} was given; expected 'auto' or 'off'")
+    layers = "|".join(f"(?:{name})" for name in names) or ".*"
+    prune = SparsifyWeights(sparsity=sparsity, layers=layers)
+    swap = SwapSparse(min(sparsity, 0.5), measure=guard == "auto", backward=False, layers=layers)
+    found = []
+    for name, (gm, inputs) in frontend.graphs(model, given, generation=False).items():
+        dense = copy.deepcopy(gm)
+        prune(gm)
+        if not prune.report(gm).layers:
+            raise UsageError(
+                f"no linear layer or 2-d convolution matches {' or '.join(names) or 'anything'}; see --pattern"
+            )
+        settled = swap.settled(gm)
+        report = swap.report(gm)
+        if report.changed:
+            settled(gm)
+        comparison = benchmark(dense, gm, inputs, rounds=rounds, warmup=warmup) if benchmarked else None
+        found.append(Sparsified(name, gm, report, _difference(dense, gm, inputs), comparison))
     return found
 
 

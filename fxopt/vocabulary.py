@@ -20,6 +20,9 @@ from torch import nn
 from torch.fx import Node
 
 import fxopt.kernels  # noqa: F401  (registers torch.ops.fxopt)
+from fxopt.kernels.unstructured import Pattern
+from fxopt.kernels.unstructured_conv import SparseConv2d, pads
+from fxopt.kernels.unstructured_linear import SparseLinear
 from fxopt.ops import op, spell
 
 aten = torch.ops.aten
@@ -1559,3 +1562,35 @@ def packed_linear(x, weight, bias=None, activation="none", transposed=False, min
 
 @op(fused.packed_conv2d.default)
 def packed_conv2d(x, weight, bias, other, stride, padding, dilation, groups, activation): ...
+
+
+def _build_sparse_linear(values, bias, row_start, column, column_start, row, place) -> nn.Module:
+    return SparseLinear.from_pattern(values, bias, Pattern(row_start, column, column_start, row, place)).eval()
+
+
+@op(SparseLinear, fused.sparse_linear.default, build=_build_sparse_linear)
+def sparse_linear(x, values, bias, row_start, column, column_start, row, place): ...
+
+
+def _sparse_conv2d_attributes(module: Any) -> dict[str, Any] | str:
+    if module.padding_mode != "zeros":
+        return f"pads with padding_mode={module.padding_mode!r}"
+    tensors = {"values": module.values, "bias": module.bias, **module.pattern._asdict()}
+    window = {n: getattr(module, n) for n in ("kernel_size", "stride", "dilation", "groups")}
+    return {**tensors, **window, "padding": pads(module.padding, module.kernel_size, module.dilation)}
+
+
+def _build_sparse_conv2d(values, bias, row_start, column, column_start, row, place, **window) -> nn.Module:
+    return SparseConv2d.from_pattern(
+        values, bias, Pattern(row_start, column, column_start, row, place), **window
+    ).eval()
+
+
+@op(
+    spell(SparseConv2d, attributes=_sparse_conv2d_attributes),
+    fused.sparse_conv2d.default,
+    build=_build_sparse_conv2d,
+)
+def sparse_conv2d(
+    x, values, bias, row_start, column, column_start, row, place, kernel_size, stride, padding, dilation, groups
+): ...

@@ -33,6 +33,8 @@ from fxopt.transformations.merge_gate_up import MergeGateUp
 from fxopt.transformations.merge_linears import MergeLinears
 from fxopt.transformations.pack_weights import PackWeights
 from fxopt.transformations.reorder_nodes import ReorderNodes
+from fxopt.transformations.sparsify_weights import SparsifyWeights
+from fxopt.transformations.swap_sparse import SwapSparse
 
 __all__ = [
     "BlockSparsify",
@@ -65,6 +67,8 @@ __all__ = [
     "ReorderNodes",
     "ReversibleTransformation",
     "Rewrite",
+    "SparsifyWeights",
+    "SwapSparse",
     "Transformation",
     "compose",
 ]

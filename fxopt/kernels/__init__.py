@@ -12,6 +12,8 @@ from fxopt.kernels.linear import linear_gelu, linear_relu
 from fxopt.kernels.normalization import add_layer_norm, add_layer_norm_sum, layer_norm_linear_layer_norm, rms_norm
 from fxopt.kernels.packed import packed_conv2d as packed_conv2d  # PackWeights knows where these two pay
 from fxopt.kernels.packed import packed_linear as packed_linear
+from fxopt.kernels.unstructured import sparse_conv2d as sparse_conv2d  # SwapSparse measures whether these two pay
+from fxopt.kernels.unstructured import sparse_linear as sparse_linear
 
 # Device types on which an operator is at least as fast as what it replaces at the sizes of real models, and faster at
 # some. Ratios by `benchmarks/kernels.py`, float32, 2 threads, 128 rows and more unless said. Below about 20 µs of work

@@ -1,0 +1,58 @@
+// What the kernels of unstructured sparsity share and what does not depend on the instruction set.
+#pragma once
+
+#include "common.h"
+#include <unistd.h>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace fxopt {
+
+// Memory that a thread keeps between calls: a fresh panel of half a megabyte costs more in page faults than the product.
+class KeptMemory {
+  public:
+    KeptMemory() = default;
+    ~KeptMemory() { std::free(data_); }
+    KeptMemory(const KeptMemory &) = delete;
+    KeptMemory &operator=(const KeptMemory &) = delete;
+
+    float *get(int64_t floats) {
+        if (floats > size_) {
+            std::free(data_);
+            const size_t bytes = (static_cast<size_t>(floats) * 4 + 4095) / 4096 * 4096;
+            data_ = static_cast<float *>(std::aligned_alloc(4096, bytes));
+            if (data_ == nullptr)
+                std::abort(); // as torch's own threads do; there is no way to raise from here
+            size_ = static_cast<int64_t>(bytes / 4);
+        }
+        return data_;
+    }
+
+  private:
+    float *data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// What a backward is to compute; the bits of its `wanted`.
+enum Wanted : int { INPUT = 1, VALUES = 2, BIAS = 4 };
+
+// Sums over the batch are made in this many parts, each in the order of the batch, and then joined in order. The number
+// depends on the sizes alone, so that the result is the same for any number of threads.
+constexpr int64_t PARTS = 8;
+
+FXOPT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FXOPT_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+FXOPT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The bytes of L2 that a panel may fill: three quarters, the rest is for what streams past it.
+inline int64_t l2_share() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    static const int64_t size = 0;
+#endif
+    return (size > 0 ? size : 524288) / 4 * 3;
+}
+
+} // namespace fxopt

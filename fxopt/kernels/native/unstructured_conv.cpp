@@ -1,0 +1,37 @@
+// A 2-d convolution with an unstructured sparse weight, float32, NCHW.
+//
+// Each image is padded once and split into the phases of the stride. A non-zero of the weight is then a constant offset:
+// the output's pixels, a row after the other with the padding between them, are the sum of shifted copies of the planes,
+// each times one number. So the product runs over vectors of consecutive pixels, whatever the kernel, with no im2col and
+// no transposition; what falls into the padding between the rows is computed and dropped. The backward is the same over
+// dy, with the non-zeros by input channel and phase (`start` has phases · channels + 1 entries, `row` is
+// output channel · taps + tap, `place` where the value stands in the order of the forward).
+#include "unstructured.h"
+
+namespace fxopt {
+
+struct Shape {
+    int64_t batch, channels, height, width, outputs, out_height, out_width;
+    int64_t rows, columns, down, right, top, left, row_step, column_step; // kernel, stride, padding, dilation
+};
+
+} // namespace fxopt
+
+#define FXOPT_SOURCE "unstructured_conv.inc"
+#include "per_isa.h"
+
+// y[batch][outputs][out_height][out_width]; `column` is input channel · taps + tap, of the whole input for any groups.
+FXOPT_API void fxopt_sparse_conv2d(const float *x, const int32_t *start, const int32_t *column, const float *value,
+                                   const float *bias, float *y, const int64_t *shape, int isa, int threads) {
+    const fxopt::Shape &s = *reinterpret_cast<const fxopt::Shape *>(shape);
+    FXOPT_DISPATCH(isa, sparse_conv::forward(s, x, start, column, value, bias, y, threads));
+}
+
+// dx like x, dw in the order of `value`, db[outputs], those of them that `wanted` names.
+FXOPT_API void fxopt_sparse_conv2d_backward(const float *x, const float *dy, const int32_t *start, const int32_t *row,
+                                            const int32_t *place, const float *value, float *dx, float *dw, float *db,
+                                            const int64_t *shape, int wanted, int isa, int threads) {
+    const fxopt::Shape &s = *reinterpret_cast<const fxopt::Shape *>(shape);
+    FXOPT_DISPATCH(isa, sparse_conv::backward(s, {x, dy, dx, start, nullptr, nullptr, nullptr, {}, wanted}, row, place, value, dw, db,
+                                 threads));
+}

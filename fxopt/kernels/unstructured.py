@@ -1,0 +1,490 @@
+"""
+Linear layers and 2-d convolutions on a weight of which most elements are zero, wherever they are; trainable.
+
+`torch.ops.fxopt.sparse_linear` and `sparse_conv2d` take the non-zero values as one tensor and where they stand as int32
+tensors: by rows for the forward, and by columns for the backward, over the same values (`Pattern`). Their gradients are
+operators too (`…_backward`), with gradients of their own.
+
+float32 on the CPU runs in the native library, the idea that of SparseProp (M. Nikdan, T. Pegolotti, E. Iofinova,
+E. Kurtic, D. Alistarh, ICML 2023, arXiv:2302.04852): the backward costs as many products as the weight has values. One
+load of the activations serves dX and dW, and every sum is made in an order that rests on the sizes alone, so results
+are the same bit for bit for any number of threads. Everything else (float64, other devices, no library) runs on the
+dense weight: right, and no faster. Other dtypes are refused; under autocast it computes in float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxopt.errors import UsageError
+from fxopt.kernels import native
+
+_library = torch.library.Library("fxopt", "FRAGMENT")
+
+_INPUT, _VALUES, _BIAS = 1, 2, 4  # `Wanted` of unstructured.h
+_DTYPES = (torch.float32, torch.float64)
+_ALONE = 100_000
+"""Products up to which one thread is as fast as several, which have to be woken."""
+
+
+# --- patterns --------------------------------------------------------------------------------------------------------
+
+
+class Pattern(NamedTuple):
+    """
+    Where the values of a sparse weight stand, int32: by rows, and by columns.
+
+    `row_start` (rows + 1,) and `column` (values,): the values of row r are those from row_start[r] to row_start[r + 1],
+    in the columns told. `column_start` (columns + 1,), `row` and `place` (values,): the same by columns; `place` is
+    where a value stands in the order by rows. Of a convolution, a row is an output channel. There a column, by rows, is
+    input channel · taps + tap, the channel counted over all groups and the tap i · width + j; and by columns, the
+    columns are the input channels once for each phase of the stride, and `row` is output channel · taps + tap.
+    """
+
+    row_start: Tensor
+    column: Tensor
+    column_start: Tensor
+    row: Tensor
+    place: Tensor
+
+
+def linear_pattern(row_start: Tensor, column: Tensor, inputs: int) -> Pattern:
+    """The pattern of a weight (outputs, inputs), from its view by rows."""
+    rows = _rows(row_start)
+    return Pattern(row_start, column, *_by_column(column.long(), rows, inputs))
+
+
+def conv2d_pattern(
+    row_start: Tensor,
+    column: Tensor,
+    channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> Pattern:
+    """The pattern of a convolution over `channels` channels in all, from its view by rows."""
+    taps = kernel_size[0] * kernel_size[1]
+    channel, tap = column.long() // taps, column.long() % taps
+    i, j = tap // kernel_size[1] * dilation[0], tap % kernel_size[1] * dilation[1]
+    phase = i % stride[0] * stride[1] + j % stride[1]
+    rows = _rows(row_start) * taps + tap
+    return Pattern(row_start, column, *_by_column(phase * channels + channel, rows, channels * stride[0] * stride[1]))
+
+
+def by_row(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`row_start` and `column` of a boolean matrix (rows, columns)."""
+    count = int(mask.sum())
+    if count >= 2**31 or mask.shape[1] >= 2**31:
+        raise UsageError(
+            f"the weight has {count} values of shape {tuple(mask.shape)}; expected less than 2**31 of each"
+        )
+    column = mask.nonzero()[:, 1].to(torch.int32)
+    return _starts(mask.sum(1)), column
+
+
+def _rows(row_start: Tensor) -> Tensor:
+    counts = row_start.long().diff()
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+
+
+def _by_column(column: Tensor, row: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    place = torch.argsort(column, stable=True)
+    return _starts(torch.bincount(column, minlength=columns)), row[place].to(torch.int32), place.to(torch.int32)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    start = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
+    start[1:] = counts.cumsum(0)
+    return start
+
+
+def _dense(values: Tensor, row_start: Tensor, column: Tensor, columns: int) -> Tensor:
+    """The weight as a matrix (rows, columns)."""
+    dense = values.new_zeros(row_start.numel() - 1, columns)
+    dense[_rows(row_start), column.long()] = values
+    return dense
+
+
+# --- linear ----------------------------------------------------------------------------------------------------------
+
+_P, _L, _I = native.POINTER, native.INT64, native.INT
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_start: Tensor,
+    column: Tensor,
+    column_start: Tensor,
+    row: Tensor,
+    place: Tensor,
+) -> Tensor:
+    """
+    x @ weightᵀ + bias: x (…, inputs), bias (outputs,) -> (…, outputs), float32 or float64; the weight as a `Pattern`.
+
+    Raises `UsageError` for other dtypes and for shapes that do not fit.
+    """
+    inputs, outputs = column_start.numel() - 1, row_start.numel() - 1
+    _check("sparse_linear", x, values, bias, column)
+    if x.dim() == 0 or x.shape[-1] != inputs:
+        raise UsageError(f"sparse_linear was given an input of shape {tuple(x.shape)}; expected (..., {inputs})")
+    x2 = x.reshape(-1, inputs).contiguous()
+    run = _kernel("fxopt_sparse_linear", [_P] * 6 + [_L] * 3 + [_I] * 2, x)
+    if run is None:
+        return F.linear(x, _dense(values, row_start, column, inputs), bias)
+    y = x.new_empty(x2.shape[0], outputs)
+    held = (x2, row_start, column, values.contiguous(), _contiguous(bias), y)
+    run(*map(native.address, held), x2.shape[0], inputs, outputs, *_context(x2.shape[0] * values.numel()))
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _sparse_linear_like(
+    x: Tensor, values: Tensor, bias: Any, row_start: Tensor, column: Any, column_start: Any, row: Any, place: Any
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], row_start.shape[0] - 1)
+
+
+def sparse_linear_backward(
+    gradient: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_start: Tensor,
+    column: Tensor,
+    column_start: Tensor,
+    row: Tensor,
+    place: Tensor,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `sparse_linear` by x, values and bias, from that by its result; empty where not `wanted`."""
+    inputs, outputs = column_start.numel() - 1, row_start.numel() - 1
+    x2, g2 = x.reshape(-1, inputs).contiguous(), gradient.reshape(-1, outputs).contiguous()
+    run = _kernel("fxopt_sparse_linear_backward", [_P] * 9 + [_L] * 3 + [_I] * 3, x, gradient)
+    dx, dw, db = _gradients(x, values, outputs, wanted)
+    if run is None:
+        if wanted[0]:
+            dx = (g2 @ _dense(values, row_start, column, inputs)).view(x.shape)
+        if wanted[1]:
+            dw = (g2.t() @ x2)[_rows(row_start), column.long()]
+        return dx, dw, g2.sum(0) if wanted[2] else db
+    held = (x2, g2, column_start, row, place, values.contiguous(), dx, dw, db)
+    sizes = (x2.shape[0], inputs, outputs)
+    run(*map(native.address, held), *sizes, _bits(wanted), *_context(x2.shape[0] * values.numel()))
+    return dx, dw, db
+
+
+def _sparse_linear_backward_like(
+    gradient: Tensor, x: Tensor, values: Tensor, row_start: Tensor, *pattern_and_wanted: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(x, values, row_start.shape[0] - 1, pattern_and_wanted[-1])
+
+
+# --- convolution -----------------------------------------------------------------------------------------------------
+
+
+def sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_start: Tensor,
+    column: Tensor,
+    column_start: Tensor,
+    row: Tensor,
+    place: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """
+    conv2d(x, weight, bias): x (batch, channels, height, width) or without a batch, float32 or float64.
+
+    The weight is a `Pattern`; `padding`, with zeros, is (top, bottom, left, right). The result is contiguous whatever
+    the layout of x. Raises `UsageError` for other dtypes and for shapes that do not fit.
+    """
+    _check("sparse_conv2d", x, values, bias, column)
+    window = _Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
+    images = x.reshape(-1, *x.shape[-3:]).contiguous()
+    run = _kernel("fxopt_sparse_conv2d", [_P] * 7 + [_I] * 2, x) if window.fits() else None
+    if run is None:
+        weight = window.weight(values, row_start, column, groups)
+        y = F.conv2d(window.pad(images), weight, bias, stride, 0, dilation, groups)
+        return y.contiguous().view(window.result(x))
+    y = x.new_empty(images.shape[0], window.outputs, *window.out)
+    held = (images, row_start, column, values.contiguous(), _contiguous(bias), y)
+    if y.numel():
+        run(*map(native.address, held), window.shape(images.shape[0]), *_context(_products(y, values)))
+    return y.view(window.result(x))
+
+
+def _sparse_conv2d_like(
+    x: Tensor,
+    values: Tensor,
+    bias: Any,
+    row_start: Tensor,
+    column: Any,
+    column_start: Tensor,
+    row: Any,
+    place: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    window = _Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
+    return x.new_empty(window.result(x))
+
+
+def sparse_conv2d_backward(
+    gradient: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_start: Tensor,
+    column: Tensor,
+    column_start: Tensor,
+    row: Tensor,
+    place: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `sparse_conv2d` by x, values and bias, from that by its result; empty where not `wanted`."""
+    window = _Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
+    images = x.reshape(-1, *x.shape[-3:]).contiguous()
+    g = gradient.reshape(-1, window.outputs, *window.out).contiguous()
+    run = _kernel("fxopt_sparse_conv2d_backward", [_P] * 10 + [_I] * 3, x, gradient) if window.fits() else None
+    if run is None:
+        return window.backward(g, x, images, values, row_start, column, groups, wanted)
+    dx, dw, db = _gradients(x, values, window.outputs, wanted)
+    if not g.numel():
+        return dx.zero_(), dw.zero_(), db.zero_()
+    held = (images, g, column_start, row, place, values.contiguous(), dx, dw, db)
+    context = _context(_products(g, values))
+    run(*map(native.address, held), window.shape(images.shape[0]), _bits(wanted), *context)
+    return dx, dw, db
+
+
+def _sparse_conv2d_backward_like(
+    gradient: Tensor, x: Tensor, values: Tensor, row_start: Tensor, *pattern_and_wanted: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(x, values, row_start.shape[0] - 1, pattern_and_wanted[-1])
+
+
+class _Window(NamedTuple):
+    """A convolution's sizes: all that its kernels need to know besides the batch."""
+
+    channels: int
+    outputs: int
+    size: tuple[int, int]
+    out: tuple[int, int]
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]  # top, bottom, left, right
+    dilation: Sequence[int]
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        row_start: Tensor,
+        column_start: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> _Window:
+        channels = (column_start.shape[0] - 1) // (stride[0] * stride[1])
+        if x.dim() not in (3, 4) or x.shape[-3] != channels:
+            expected = f"(batch, {channels}, height, width) or ({channels}, height, width)"
+            raise UsageError(f"sparse_conv2d was given an input of shape {tuple(x.shape)}; expected {expected}")
+        height, width = x.shape[-2:]
+        spans = [dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
+        padded = (height + padding[0] + padding[1], width + padding[2] + padding[3])
+        if padded[0] < spans[0] or padded[1] < spans[1]:
+            raise UsageError(
+                f"a kernel of {spans[0]}×{spans[1]} does not fit a padded input of {padded[0]}×{padded[1]}"
+            )
+        out = tuple((padded[i] - spans[i]) // stride[i] + 1 for i in (0, 1))
+        outputs = row_start.shape[0] - 1
+        return cls(channels, outputs, (height, width), (out[0], out[1]), kernel, stride, padding, dilation)
+
+    def result(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of the convolution of `x`."""
+        return (*x.shape[:-3], self.outputs, *self.out)
+
+    def fits(self) -> bool:
+        """Whether the kernels' int32 offsets reach over a padded image, forward and backward."""
+        sides = [
+            max(self.size[i] + sum(self.padding[2 * i : 2 * i + 2]), self.out[i] * self.stride[i])
+            + self.dilation[i] * self.kernel[i]
+            + 2 * self.stride[i]
+            for i in (0, 1)
+        ]
+        return math.prod(sides) * max(self.channels, self.outputs) < 2**31
+
+    def shape(self, batch: int) -> Any:
+        """`Shape` of unstructured_conv.cpp."""
+        top, _, left, _ = self.padding
+        numbers = (batch, self.channels, *self.size, self.outputs, *self.out, *self.kernel, *self.stride, top, left)
+        return (ctypes.c_int64 * 15)(*numbers, *self.dilation)
+
+    def pad(self, images: Tensor) -> Tensor:
+        top, bottom, left, right = self.padding
+        return F.pad(images, (left, right, top, bottom))
+
+    def places(self, row_start: Tensor, column: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the values in the weight as torch has it, (outputs, channels / groups · taps)."""
+        rows, taps = _rows(row_start), self.kernel[0] * self.kernel[1]
+        first = rows // (self.outputs // groups) * (self.channels // groups)
+        return rows, column.long() - first * taps
+
+    def weight(self, values: Tensor, row_start: Tensor, column: Tensor, groups: int) -> Tensor:
+        """The weight as torch has it."""
+        inner = (self.channels // groups, *self.kernel)
+        dense = values.new_zeros(self.outputs, math.prod(inner))
+        dense[self.places(row_start, column, groups)] = values
+        return dense.view(self.outputs, *inner)
+
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        images: Tensor,
+        values: Tensor,
+        row_start: Tensor,
+        column: Tensor,
+        groups: int,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`sparse_conv2d_backward` by torch's dense convolution."""
+        weight = self.weight(values, row_start, column, groups)
+        dx, dw, db = _gradients(x, values, self.outputs, wanted)
+        padded, whole = self.pad(images), [wanted[0], wanted[1], False]
+        options = (list(self.stride), [0, 0], list(self.dilation), False, [0, 0], groups)
+        by_input, by_weight, _ = torch.ops.aten.convolution_backward(g, padded, weight, None, *options, whole)
+        if wanted[0]:
+            top, _, left, _ = self.padding
+            inner = by_input[..., top : top + self.size[0], left : left + self.size[1]]
+            dx = inner.contiguous().view(x.shape)
+        if wanted[1]:
+            dw = by_weight.reshape(self.outputs, -1)[self.places(row_start, column, groups)]
+        return dx, dw, g.sum((0, 2, 3)) if wanted[2] else db
+
+
+# --- what both need --------------------------------------------------------------------------------------------------
+
+
+def _check(name: str, x: Tensor, values: Tensor, bias: Tensor | None, column: Tensor) -> None:
+    if x.dtype not in _DTYPES or any(t is not None and t.dtype != x.dtype for t in (values, bias)):
+        given = f"an input of {x.dtype} and values of {values.dtype}"
+        raise UsageError(f"{name} was given {given}; expected float32 for all, or float64 for all: cast one of them")
+    if values.shape != column.shape:
+        expected = tuple(column.shape)
+        raise UsageError(
+            f"{name} was given values of shape {tuple(values.shape)}; expected {expected}, as in the pattern"
+        )
+
+
+def _kernel(name: str, arguments: Sequence[Any], *tensors: Tensor) -> Callable[..., None] | None:
+    """The C function for these tensors, or None where torch has to do."""
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+        return None
+    if name not in _functions:
+        _functions[name] = native.function(name, arguments)
+    return _functions[name]
+
+
+_functions: dict[str, Callable[..., None] | None] = {}
+
+
+def _context(products: int) -> tuple[int, int]:
+    isa, threads = native.call_context()
+    return isa, threads if products > _ALONE else 1
+
+
+def _products(y: Tensor, values: Tensor) -> int:
+    return y.numel() // max(y.shape[1], 1) * values.numel()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _bits(wanted: Sequence[bool]) -> int:
+    return sum(bit for bit, want in zip((_INPUT, _VALUES, _BIAS), wanted, strict=True) if want)
+
+
+def _gradients(x: Tensor, values: Tensor, outputs: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape if wanted[0] else (0,))
+    dw = values.new_empty(values.shape if wanted[1] else (0,))
+    return dx, dw, values.new_empty((outputs,) if wanted[2] else (0,))
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+def _register(forward: Any, like: Any, backward: Any, backward_like: Any) -> None:
+    """Two operators: the product, and its gradients. Each is linear in its arguments, and so differentiable by both."""
+    for function, fake in ((forward, like), (backward, backward_like)):
+        name = function.__name__
+        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fxopt::{name}", fake, lib=_library)
+    apply = getattr(torch.ops.fxopt, forward.__name__).default
+    differentiate = getattr(torch.ops.fxopt, backward.__name__).default
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, values, _, *rest = inputs
+        ctx.save_for_backward(x, values, *rest[:5])
+        ctx.window = tuple(rest[5:])
+
+    def gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, values, *pattern = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        found = differentiate(gradient, x, values, *pattern, *ctx.window, wanted)
+        rest = (None,) * (len(pattern) + len(ctx.window))
+        return (*(g if want else None for g, want in zip(found, wanted, strict=True)), *rest)
+
+    def keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        gradient, x, values, *rest = inputs
+        ctx.save_for_backward(gradient, x, values, *rest[:5])
+        ctx.window, ctx.wanted = tuple(rest[5:-1]), rest[-1]
+
+    def second(ctx: Any, by_dx: Tensor, by_dw: Tensor, by_db: Tensor) -> tuple[Any, ...]:
+        gradient, x, values, *pattern = ctx.saved_tensors
+        rest = (*pattern, *ctx.window)
+        to_gradient = to_x = to_values = None
+        if ctx.wanted[0]:
+            to_gradient = apply(by_dx, values, None, *rest)
+            to_values = differentiate(gradient, by_dx, values, *rest, [False, True, False])[1]
+        if ctx.wanted[1]:
+            product = apply(x, by_dw, None, *rest)
+            to_gradient = product if to_gradient is None else to_gradient + product
+            to_x = differentiate(gradient, x, by_dw, *rest, [True, False, False])[0]
+        if ctx.wanted[2]:
+            shape = (-1, 1, 1) if ctx.window else (-1,)
+            spread = by_db.view(shape).expand(gradient.shape)
+            to_gradient = spread if to_gradient is None else to_gradient + spread
+        return to_gradient, to_x, to_values, *(None,) * (len(rest) + 1)
+
+    names = [f"fxopt::{f.__name__}" for f in (forward, backward)]
+    torch.library.register_autograd(names[0], gradients, setup_context=keep, lib=_library)
+    torch.library.register_autograd(names[1], second, setup_context=keep_all, lib=_library)
+    torch.library.register_autocast(names[0], "cpu", torch.float32, lib=_library)
+    torch.library.register_autocast(names[0], "cuda", torch.float32, lib=_library)
+
+
+_register(sparse_linear, _sparse_linear_like, sparse_linear_backward, _sparse_linear_backward_like)
+_register(sparse_conv2d, _sparse_conv2d_like, sparse_conv2d_backward, _sparse_conv2d_backward_like)

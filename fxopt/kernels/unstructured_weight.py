@@ -1,0 +1,167 @@
+"""What a linear layer and a convolution with an unstructured sparse weight have in common: values and their pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import UsageError
+from fxopt.kernels.unstructured import Pattern
+
+_KEPT = ("row_start", "column")  # in the state dict; the view by columns follows from them
+
+
+class SparseWeight(nn.Module):
+    """
+    A module whose weight is `values`, one parameter (values,), at places that int32 buffers tell.
+
+    Gradients exist at these places only, so every optimizer trains the values alone and its state is as small. The
+    state dict holds `values`, `row_start` and `column`; loading one with another pattern changes the pattern.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    row_start: Tensor
+    column: Tensor
+    column_start: Tensor
+    row: Tensor
+    place: Tensor
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        raise NotImplementedError
+
+    def pattern_of(self, row_start: Tensor, column: Tensor) -> Pattern:
+        """The whole pattern, from its view by rows."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor:
+        """The weight with its zeros, of `weight_shape`; differentiable in `values`."""
+        raise NotImplementedError
+
+    def mask(self) -> Tensor:
+        """Where the values stand: True in a boolean tensor of `weight_shape`."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The values, as in SparseProp; see `dense_weight`."""
+        return self.values
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the weight's elements that are not held."""
+        return 1 - self.values.numel() / max(1, torch.Size(self.weight_shape).numel())
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where the values stand."""
+        return Pattern(self.row_start, self.column, self.column_start, self.row, self.place)
+
+    def keep(self, kept: Tensor) -> Tensor:
+        """
+        Drop the values where `kept` is False: boolean, of the values' shape or of `weight_shape`; none can be added.
+
+        `values` stays the same parameter, shorter, without its gradient. Returns the places (int64) of what is left in
+        the former values, with which an optimizer's state is cut likewise.
+        """
+        if kept.dtype != torch.bool or tuple(kept.shape) not in (tuple(self.values.shape), tuple(self.weight_shape)):
+            shapes = f"{tuple(self.values.shape)} or {tuple(self.weight_shape)}"
+            raise UsageError(
+                f"a mask of {kept.dtype}, {tuple(kept.shape)}, was given; expected a boolean one of {shapes}"
+            )
+        if kept.shape != self.values.shape:
+            kept = kept[self.mask()]
+        left = kept.nonzero()[:, 0]
+        before = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=kept.device)
+        before[1:] = kept.cumsum(0)
+        start = before[self.row_start.long()].to(torch.int32)
+        self._set_pattern(self.pattern_of(start, self.column[left]))
+        self.values.grad = None
+        self.values.data = self.values.detach()[left].clone()
+        return left
+
+    def apply_further_mask(self, mask: Tensor) -> None:
+        """SparseProp's name for `keep`."""
+        self.keep(mask.bool())
+
+    def _set(self, values: Tensor, pattern: Pattern, bias: Tensor | None, like: nn.Module) -> None:
+        """Take over values and pattern; training flag and who is trained are those of `like`."""
+        weight = like.weight
+        assert isinstance(weight, Tensor)
+        self.values = nn.Parameter(values, requires_grad=weight.requires_grad)
+        held = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", held)
+        self._set_pattern(pattern)
+        self.train(like.training)
+
+    def _hold(self, values: Tensor, bias: Tensor | None, pattern: Pattern) -> None:
+        """Take over these very tensors."""
+        for name, held in (("values", values), ("bias", bias)):
+            if held is not None and not isinstance(held, nn.Parameter):
+                held = nn.Parameter(held, requires_grad=held.requires_grad)
+            self.register_parameter(name, held)
+        self._set_pattern(pattern)
+
+    def _set_pattern(self, pattern: Pattern) -> None:
+        for name, tensor in pattern._asdict().items():
+            self.register_buffer(name, tensor.contiguous(), persistent=name in _KEPT)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = [state_dict.get(prefix + name) for name in ("values", *_KEPT)]
+        if any(t is not None for t in given):
+            error = self._take_pattern(*given)
+            if error is not None:
+                error_msgs.append(f"{prefix or 'the module'}: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _take_pattern(self, values: Tensor | None, row_start: Tensor | None, column: Tensor | None) -> str | None:
+        """Make room for what is to be loaded; why it cannot be, in one line."""
+        if values is None or row_start is None or column is None:
+            return "values without their pattern, or the reverse; expected values, row_start and column together"
+        rows = self.weight_shape[0]
+        columns = torch.Size(self.weight_shape[1:]).numel() * getattr(self, "groups", 1)
+        if row_start.shape != (rows + 1,) or values.shape != column.shape or values.dim() != 1:
+            shapes = f"row_start {tuple(row_start.shape)}, column {tuple(column.shape)}, values {tuple(values.shape)}"
+            return f"{shapes} are no pattern of a weight {self.weight_shape}"
+        counts = row_start.long().diff()
+        ordered = row_start[0] == 0 and row_start[-1] == values.numel() and bool((counts >= 0).all())
+        if not ordered or (column.numel() and not 0 <= int(column.min()) <= int(column.max()) < columns):
+            return f"row_start and column are no pattern of a weight {self.weight_shape}"
+        device = self.row_start.device
+        self._set_pattern(self.pattern_of(row_start.to(device, torch.int32), column.to(device, torch.int32)))
+        if self.values.shape != values.shape:
+            self.values.grad = None
+            self.values.data = self.values.data.new_empty(values.shape)
+        return None
+
+
+def mask_of(weight: Tensor, name: str = "the weight") -> Tensor:
+    """Where `weight` is not zero; `UsageError` where it cannot be held sparsely: another dtype, NaN or infinite."""
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"{name} is {weight.dtype}; expected float32 or float64: cast it with .float()")
+    if not bool(torch.isfinite(weight).all()):
+        raise UsageError(f"{name} has elements that are NaN or infinite; expected finite numbers: mend it first")
+    return weight != 0

@@ -1,0 +1,202 @@
+"""A model's sparse layers made fast: each one measured, swapped where it gains, and told about."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import UsageError
+from fxopt.kernels.unstructured_conv import SparseConv2d
+from fxopt.kernels.unstructured_linear import SparseLinear
+from fxopt.sparse.measure import Layer, SwapReport, compare, judge
+
+
+def sparsify_conv2d_auto(conv: nn.Conv2d, input_shape: Sequence[int], verbose: bool = False) -> SparseConv2d:
+    """
+    `conv` with a sparse weight, in the form that is fastest on inputs of `input_shape` (batch, channels, height,
+    width).
+
+    SparseProp measures two kernels here and returns the faster. Here one kernel serves both cases (see
+    `SparseConv2d.from_dense`), so it is returned; `verbose` prints how it compares with the dense layer.
+    """
+    _check_shape(input_shape, conv)
+    sparse = SparseConv2d.from_dense(conv)
+    if verbose:
+        timing = compare(conv, sparse, input_shape)
+        print(f"{sparse}: forward {timing.forward:.2f} ×, backward {timing.backward:.2f} × as fast as dense")
+    return sparse
+
+
+def sparsify_if_faster(
+    layer: nn.Module, input_shape: Sequence[int], min_sparsity: float = 0.8, verbose: bool = False
+) -> nn.Module:
+    """`layer`, a Linear or Conv2d, with a sparse weight if it is sparse enough and faster so; else `layer` itself."""
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        raise UsageError(f"a {type(layer).__name__} was given; expected a torch.nn.Linear or torch.nn.Conv2d")
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    _check_sparsity(min_sparsity)
+    _check_shape(input_shape, layer)
+    told, sparse = judge("layer", layer, input_shape, min_sparsity)
+    if verbose:
+        print(told)
+    return layer if sparse is None else sparse
+
+
+def swap_modules_with_sparse(
+    model: nn.Module,
+    input_shape: Sequence[int] | Tensor | tuple[Any, ...] | Mapping[str, Any],
+    min_sparsity: float = 0.8,
+    inplace: bool = False,
+    skip_modules: Collection[str] = (),
+    verbose: bool = False,
+) -> nn.Module:
+    """
+    `model` with every Linear and Conv2d sparse that has `min_sparsity` zeros and is faster so, forward and backward.
+
+    `input_shape` is the shape of a batch, with which random numbers are made, or the inputs themselves: a tensor, a
+    tuple of positional ones, a mapping of keywords. They tell what each layer sees. The model is copied unless
+    `inplace`; `skip_modules` are names that stay dense. The parameters are new ones: make the optimizer afterwards.
+    `swap` returns the report too, which `verbose` prints.
+    """
+    swapped, report = swap(model, input_shape, min_sparsity, inplace, skip_modules)
+    if verbose:
+        print(report)
+    return swapped
+
+
+def swap(
+    model: nn.Module,
+    inputs: Sequence[int] | Tensor | tuple[Any, ...] | Mapping[str, Any],
+    min_sparsity: float = 0.5,
+    inplace: bool = False,
+    skip_modules: Collection[str] = (),
+    measure: bool = True,
+) -> tuple[nn.Module, SwapReport]:
+    """
+    `swap_modules_with_sparse`, with a report on every layer: sparsity, measured ratios, decision and why.
+
+    Tries from half of zeros on, where a training step can begin to gain. `measure=False` swaps all that is sparse
+    enough.
+    """
+    _check_sparsity(min_sparsity)
+    names = dict(model.named_modules(remove_duplicate=False))
+    if unknown := sorted(set(skip_modules) - names.keys()):
+        raise UsageError(f"skip_modules has {unknown[0]!r}, which the model has not; see model.named_modules()")
+    seen = _seen(model, inputs) if measure else {}
+    shared = _shared(model)
+    layers: list[Layer] = []
+    made: dict[int, nn.Module] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            continue
+        reason = "named in skip_modules" if name in skip_modules else _unfit(layer, shared)
+        if reason is not None:
+            kind = type(layer).__name__
+            layers.append(Layer(name, kind, tuple(getattr(layer.weight, "shape", ())), None, None, False, reason))
+            continue
+        shape, gradient = seen.get(id(layer), (None, True))
+        told, sparse = judge(name, layer, shape, min_sparsity, input_gradient=gradient, measured=measure)
+        layers.append(told)
+        if sparse is not None:
+            made[id(layer)] = sparse
+    places = [(name, made[id(layer)]) for name, layer in names.items() if id(layer) in made]
+    result = model if inplace else copy.deepcopy(model)
+    for name, new in places:
+        if not name:
+            return new, SwapReport(tuple(layers))
+        owner, _, last = name.rpartition(".")
+        parent = result.get_submodule(owner)
+        setattr(parent, last, new)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # else eval mode computes with the dense weights, by another way
+    return result, SwapReport(tuple(layers))
+
+
+def _unfit(layer: nn.Linear | nn.Conv2d, shared: set[int]) -> str | None:
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return f"a {type(layer).__name__}, a subclass, may compute something else"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed (a parametrization, torch.nn.utils.prune); make it permanent first"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer):
+        return "it has hooks, or a forward of its own"
+    if id(layer.weight) in shared:
+        return "its weight is used by another module too"
+    return None
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """The parameters that several modules hold."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                holders.setdefault(id(tensor), set()).add(id(module))
+    return {key for key, modules in holders.items() if len(modules) > 1}
+
+
+def _seen(model: nn.Module, inputs: Any) -> dict[int, tuple[tuple[int, ...], bool]]:
+    """The largest input of each layer by shape, and whether a gradient flows back through it; by a run in eval mode."""
+    seen: dict[int, tuple[tuple[int, ...], bool]] = {}
+
+    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if x is None:
+            return
+        shape, gradient = seen.get(id(layer), ((), False))
+        larger = x.shape if x.numel() > torch.Size(shape).numel() or not shape else shape
+        seen[id(layer)] = (tuple(larger), gradient or x.requires_grad)
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in layers]
+    modes = [(m, m.training) for m in model.modules()]
+    args, kwargs = _arguments(model, inputs)
+    model.eval()  # statistics stay as they are
+    try:
+        with torch.enable_grad():
+            model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"the model does not run on these inputs: {first}; give a shape or inputs that fit") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return seen
+
+
+def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    given = tuple(inputs)
+    if given and all(isinstance(n, int) for n in given):
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        return (torch.randn(given, dtype=parameter.dtype, device=parameter.device),), {}
+    return given, {}
+
+
+def _check_sparsity(min_sparsity: float) -> None:
+    if not 0 <= min_sparsity <= 1:
+        raise UsageError(f"min_sparsity={min_sparsity} was given; expected a share from 0 to 1, such as 0.8")
+
+
+def _check_shape(shape: Sequence[int], layer: nn.Module) -> None:
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise UsageError(f"a {type(layer).__name__} was given; expected a torch.nn.Linear or torch.nn.Conv2d")
+    given = tuple(shape)
+    axis, wanted, ranks = (
+        (-1, layer.in_features, None) if isinstance(layer, nn.Linear) else (-3, layer.in_channels, (3, 4))
+    )
+    fits = bool(given) and (ranks is None or len(given) in ranks) and given[axis] == wanted and min(given) > 0
+    if not fits:
+        form = f"(..., {wanted})" if isinstance(layer, nn.Linear) else f"(batch, {wanted}, height, width)"
+        raise UsageError(f"input_shape {given} was given; this layer takes {form}")
+
+
+__all__ = ["SparseLinear", "sparsify_conv2d_auto", "sparsify_if_faster", "swap", "swap_modules_with_sparse"]

@@ -1,0 +1,374 @@
+"""The operators over unstructured sparse weights, against dense ones in float64, and as torch's own checks see them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fxopt.errors import UsageError
+from fxopt.kernels import native
+from fxopt.kernels.unstructured_conv import SparseConv2d
+from fxopt.kernels.unstructured_linear import SparseLinear
+
+linear_op, conv_op = torch.ops.fxopt.sparse_linear.default, torch.ops.fxopt.sparse_conv2d.default
+
+
+@pytest.fixture(params=[None, *native.ISAS])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """Every instruction set that this CPU has, and torch alone."""
+    use(request.param, monkeypatch)
+    return request.param
+
+
+def use(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxopt.kernels import unstructured
+
+    if name is None:
+        monkeypatch.setattr(unstructured, "_kernel", lambda *_: None)
+        return
+    if native.library() is None:
+        pytest.skip(f"needs the native library: {native.why_not()}")
+    best = int(native.library().fxopt_best_isa())
+    if native.ISAS.index(name) > best:
+        pytest.skip(f"this CPU has no {name}")
+    monkeypatch.setattr(native, "isa", lambda: name)
+
+
+def thinned(weight: nn.Parameter, sparsity: float, seed: int) -> None:
+    """Zeros at random places; exactly one value is left where nearly nothing is."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(weight.shape, generator=generator) >= sparsity
+    if sparsity == 0.999:
+        mask[:] = False
+        mask.view(-1)[seed % mask.numel()] = True
+    with torch.no_grad():
+        weight.mul_(mask)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    found, expected = found.detach(), expected.detach()
+    assert found.shape == expected.shape
+    scale = 1 + float(expected.abs().max()) if expected.numel() else 1.0
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=3e-6 * scale)
+
+
+def agree(dense: nn.Module, x: Tensor, kind: str) -> None:
+    """Result and every gradient of the sparse layer are those of the dense one in float64."""
+    sparse = SparseLinear.from_dense(dense) if isinstance(dense, nn.Linear) else SparseConv2d.from_dense(dense)
+    exact = copy.deepcopy(dense).double()
+    a, b = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(), x.detach().double().requires_grad_()
+    y, expected = sparse(a), exact(b)
+    close(y, expected)
+    if kind == "expanded":
+        y.sum().backward()
+        expected.sum().backward()
+    else:
+        g = torch.randn_like(expected)
+        y.backward(g.float())
+        expected.backward(g)
+    close(a.grad, b.grad)
+    close(sparse.values.grad, exact.weight.grad[sparse.mask()])
+    if dense.bias is not None:
+        close(sparse.bias.grad, exact.bias.grad)
+    assert torch.equal(sparse.to_dense().weight, dense.weight)
+
+
+sparsities = st.sampled_from([0.0, 0.5, 0.8, 0.95, 0.999, 1.0])
+
+
+class TestLinear:
+    @given(
+        inputs=st.integers(1, 90),
+        outputs=st.integers(1, 90),
+        batch=st.lists(st.integers(0, 40), max_size=2),
+        sparsity=sparsities,
+        bias=st.booleans(),
+        seed=st.integers(0, 2**20),
+        threads=st.integers(1, 3),
+        kind=st.sampled_from(["expanded", "random"]),
+        isa=st.sampled_from([None, *native.ISAS]),
+    )
+    def test_as_dense(self, inputs, outputs, batch, sparsity, bias, seed, threads, kind, isa):
+        torch.manual_seed(seed)
+        dense = nn.Linear(inputs, outputs, bias)
+        thinned(dense.weight, sparsity, seed)
+        with pytest.MonkeyPatch.context() as patch, threading(threads):
+            if native.library() is None or (isa and native.ISAS.index(isa) > native.library().fxopt_best_isa()):
+                isa = None
+            use(isa, patch)
+            agree(dense, torch.randn(*batch, inputs), kind)
+
+    def test_strided_misaligned_and_transposed_input(self, isa):
+        dense = nn.Linear(37, 21)
+        thinned(dense.weight, 0.8, 0)
+        whole = torch.randn(50, 80)
+        agree(dense, whole[1::2, 3:40], "random")
+        agree(dense, torch.randn(37, 12).t(), "random")
+        agree(dense, torch.randn(400)[1:371].view(10, 37), "random")
+
+    def test_a_row_is_the_same_in_any_batch(self, isa):
+        dense = nn.Linear(100, 70)
+        thinned(dense.weight, 0.8, 0)
+        sparse, x = SparseLinear.from_dense(dense), torch.randn(130, 100)
+        if isa is not None:
+            assert torch.equal(sparse(x)[17:40], sparse(x[17:40]))
+            assert torch.equal(sparse(x)[129], sparse(x[129]))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # torch's dense one
+class TestConv2d:
+    @given(
+        groups=st.sampled_from([1, 1, 2, 3]),
+        inner=st.integers(1, 5),
+        outer=st.integers(1, 5),
+        kernel=st.tuples(st.integers(1, 4), st.integers(1, 5)),
+        stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        padding=st.one_of(st.tuples(st.integers(0, 6), st.integers(0, 6)), st.sampled_from(["same", "valid"])),
+        dilation=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+        mode=st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]),
+        size=st.tuples(st.integers(1, 20), st.integers(1, 40)),
+        batch=st.integers(0, 11),
+        sparsity=sparsities,
+        bias=st.booleans(),
+        last=st.booleans(),
+        seed=st.integers(0, 2**20),
+        threads=st.integers(1, 3),
+        kind=st.sampled_from(["expanded", "random"]),
+        isa=st.sampled_from([None, *native.ISAS]),
+    )
+    def test_as_dense(
+        self, groups, inner, outer, kernel, stride, padding, dilation, mode, size, batch, sparsity, bias, last, seed,
+        threads, kind, isa,
+    ):  # fmt: skip
+        torch.manual_seed(seed)
+        stride = (1, 1) if padding == "same" else stride
+        dense = nn.Conv2d(inner * groups, outer * groups, kernel, stride, padding, dilation, groups, bias, mode)
+        thinned(dense.weight, sparsity, seed)
+        x = torch.randn(batch, inner * groups, *size)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        try:
+            dense(x)
+        except RuntimeError:  # torch refuses these sizes
+            with pytest.raises((UsageError, RuntimeError)):
+                SparseConv2d.from_dense(dense)(x)
+            return
+        with pytest.MonkeyPatch.context() as patch, threading(threads):
+            if native.library() is None or (isa and native.ISAS.index(isa) > native.library().fxopt_best_isa()):
+                isa = None
+            use(isa, patch)
+            agree(dense, x, kind)
+
+    @pytest.mark.parametrize("shape", [(3, 12, 9), (1, 3, 12, 9)])
+    def test_without_a_batch(self, isa, shape):
+        dense = nn.Conv2d(3, 5, 3, padding=1)
+        thinned(dense.weight, 0.5, 0)
+        agree(dense, torch.randn(shape), "random")
+
+    def test_wide_images_and_many_channels(self, isa):
+        dense = nn.Conv2d(70, 40, 3, stride=2, padding=1)
+        thinned(dense.weight, 0.9, 0)
+        agree(dense, torch.randn(3, 70, 33, 130), "random")
+
+    def test_more_than_32767_values_in_a_channel(self, isa):
+        dense = nn.Conv2d(4000, 2, 3, padding=1)
+        agree(dense, torch.randn(2, 4000, 4, 5), "random")
+
+
+class threading:
+    """torch's number of threads, for a while."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def layers() -> list[tuple[nn.Module, Tensor]]:
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(200, 170), nn.Conv2d(24, 40, 3, 2, 1)
+    thinned(linear.weight, 0.8, 1)
+    thinned(conv.weight, 0.8, 1)
+    small = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    return [
+        (SparseLinear.from_dense(linear), torch.randn(333, 200)),
+        (SparseConv2d.from_dense(conv), torch.randn(13, 24, 19, 23)),
+        (SparseConv2d.from_dense(small), torch.randn(1, 8, 30, 30)),
+    ]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_the_same_bits_for_any_number_of_threads(isa, which):
+    if isa is None:
+        pytest.skip("what torch does itself is torch's to promise")
+    layer, x = layers()[which]
+    found = []
+    for threads in (1, 2, 3, 4, 7, 1):
+        with threading(threads):
+            a = x.clone().requires_grad_()
+            y = layer(a)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [a, *layer.parameters()])])
+    for other in found[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_wanted_gradients_alone(isa, which):
+    """Each combination of gradients is computed by code of its own."""
+    layer, x = layers()[which]
+    y = layer(x)
+    g = torch.randn_like(y)
+    backward = torch.ops.fxopt.sparse_linear_backward if which == 0 else torch.ops.fxopt.sparse_conv2d_backward
+    window = () if which == 0 else (layer.kernel_size, layer.stride, (1, 1, 1, 1), layer.dilation, layer.groups)
+    whole = backward(g, x, layer.values, *layer.pattern, *window, [True, True, True])
+    for bits in range(8):
+        wanted = [bool(bits & 1), bool(bits & 2), bool(bits & 4)]
+        for want, some, every in zip(
+            wanted, backward(g, x, layer.values, *layer.pattern, *window, wanted), whole, strict=True
+        ):
+            if want:
+                torch.testing.assert_close(some, every, rtol=1e-4, atol=1e-4)
+            else:
+                assert some.numel() == 0
+
+
+def _double(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    return copy.deepcopy(layer).double(), x.double()
+
+
+def small_layers() -> list[tuple[nn.Module, Tensor]]:
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(5, 4), nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 2), (1, 2), 2)
+    thinned(linear.weight, 0.5, 1)
+    thinned(conv.weight, 0.5, 1)
+    return [
+        (SparseLinear.from_dense(linear), torch.randn(3, 2, 5)),
+        (SparseConv2d.from_dense(conv), torch.randn(2, 4, 5, 6)),
+    ]
+
+
+def arguments(layer: nn.Module, x: Tensor) -> tuple[object, ...]:
+    if isinstance(layer, SparseLinear):
+        return (x, layer.values, layer.bias, *layer.pattern)
+    padding = (layer.padding[0], layer.padding[0], layer.padding[1], layer.padding[1])
+    window = (layer.kernel_size, layer.stride, padding, layer.dilation, layer.groups)
+    return (x, layer.values, layer.bias, *layer.pattern, *window)
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_gradcheck(which):
+    layer, x = _double(*small_layers()[which])
+    given = arguments(layer, x.requires_grad_())
+    tensors = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
+
+    def run(*changed: Tensor) -> Tensor:
+        left = iter(changed)
+        inputs = [next(left) if isinstance(t, Tensor) and t.requires_grad else t for t in given]
+        return (linear_op if which == 0 else conv_op)(*inputs)
+
+    assert torch.autograd.gradcheck(run, tensors)
+    assert torch.autograd.gradgradcheck(run, tensors)
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_opcheck(isa, which):
+    layer, x = small_layers()[which]
+    operator = (linear_op, conv_op)[which]
+    torch.library.opcheck(operator, arguments(layer, x.requires_grad_()))
+    backward = (torch.ops.fxopt.sparse_linear_backward, torch.ops.fxopt.sparse_conv2d_backward)[which].default
+    gradient = torch.randn_like(layer(x))
+    given = arguments(layer, x)
+    inputs = (gradient, given[0], given[1], *given[3:])
+    torch.library.opcheck(backward, (*inputs, [True, True, True]))
+    torch.library.opcheck(backward, (*inputs, [False, True, False]))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        conv, linear = nn.Conv2d(3, 8, 3, padding="same"), nn.Linear(8, 5)
+        thinned(conv.weight, 0.5, 0)
+        thinned(linear.weight, 0.5, 0)
+        self.conv, self.linear = SparseConv2d.from_dense(conv), SparseLinear.from_dense(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+def test_export_and_trace_have_one_node_each():
+    net, x, other = Net().eval(), torch.randn(4, 3, 8, 9), torch.randn(7, 3, 8, 9)
+    program = torch.export.export(net, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}})
+    names = [str(n.target) for n in program.graph.nodes if "fxopt" in str(n.target)]
+    assert names == ["fxopt.sparse_conv2d.default", "fxopt.sparse_linear.default"]
+    assert torch.equal(program.module()(other), net(other))
+    assert torch.equal(torch.fx.symbolic_trace(net)(other), net(other))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_trains_alike(backend):
+    net, x = Net(), torch.randn(4, 3, 8, 9)
+    compiled = torch.compile(copy.deepcopy(net), backend=backend, fullgraph=True)
+    for batch in (x, torch.randn(6, 3, 8, 9)):
+        y, z = net(batch), compiled(batch)
+        torch.testing.assert_close(z, y)
+        expected = torch.autograd.grad(y.sum(), list(net.parameters()))
+        torch.testing.assert_close(torch.autograd.grad(z.sum(), list(compiled.parameters())), expected)
+
+
+def test_autocast_computes_in_float32():
+    net, x = Net(), torch.randn(2, 3, 8, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net.conv(x.bfloat16())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, net.conv(x.bfloat16().float()))
+
+
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        (lambda n: n.linear(torch.randn(2, 7)), r"shape \(2, 7\); expected \(\.\.\., 8\)"),
+        (
+            lambda n: n.linear(torch.randn(2, 8).bfloat16()),
+            "torch.bfloat16 and values of torch.float32; expected float32",
+        ),
+        (lambda n: n.linear(torch.randn(2, 8).double()), "cast one of them"),
+        (lambda n: n.conv(torch.randn(2, 4, 8, 8)), r"expected \(batch, 3, height, width\)"),
+        (lambda n: n.conv(torch.randn(3, 8)), r"expected \(batch, 3, height, width\)"),
+        (
+            lambda n: conv_op(torch.randn(1, 3, 1, 1), *arguments(n.conv_, None)[1:]),
+            "does not fit a padded input of 1×1",
+        ),
+        (lambda n: linear_op(torch.randn(2, 8), n.linear.values[1:], None, *n.linear.pattern), "as in the pattern"),
+    ],
+)
+def test_wrong_input_is_one_line(run, told):
+    net = Net()
+    net.conv_ = SparseConv2d(torch.randn(4, 3, 3, 3))
+    with pytest.raises(UsageError, match=told) as error:
+        run(net)
+    assert "\n" not in str(error.value)
+
+
+def test_no_library_computes_the_same():
+    """Without a compiler at installation, in a process of its own."""
+    code = """
+import torch
+from fxopt.kernels import native
+from fxopt.kernels.unstructured_conv import SparseConv2d
+assert native.library() is None
+conv = torch.nn.Conv2d(3, 4, 3)
+torch.testing.assert_close(SparseConv2d.from_dense(conv)(torch.ones(1, 3, 5, 5)), conv(torch.ones(1, 3, 5, 5)))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "FXOPT_NATIVE": "0"})
