@@ -31,6 +31,8 @@ from fxopt.transformations.make_out_of_place import MakeOutOfPlace
 from fxopt.transformations.merge_gate_up import MergeGateUp
 from fxopt.transformations.merge_linears import MergeLinears
 from fxopt.transformations.pack_weights import PackWeights
+from fxopt.transformations.prune_trees import PruneTrees
+from fxopt.transformations.prune_width import PruneWidth
 from fxopt.transformations.reorder_nodes import ReorderNodes
 
 __all__ = [
@@ -60,6 +62,8 @@ __all__ = [
     "MergeGateUp",
     "MergeLinears",
     "PackWeights",
+    "PruneTrees",
+    "PruneWidth",
     "ReorderNodes",
     "ReversibleTransformation",
     "Rewrite",

@@ -24,7 +24,7 @@ from fxopt.transformations._memory import value
 Size = int | sympy.Expr
 Dim = list["Atom"]
 Dims = list[Dim]
-AxisKind = Literal["heads", "channels", "features", "width"]
+AxisKind = Literal["heads", "head_dim", "channels", "features", "width"]
 
 
 class Atom:
@@ -230,6 +230,9 @@ class AxisClass:
     leaf: Atom = field(repr=False, compare=False)
 
 
+_MARKS: tuple[tuple[str, AxisKind], ...] = (("norm", "width"), ("head_dim", "head_dim"), ("heads", "heads"))
+
+
 class Axes:
     """The axes of every value and parameter of one graph."""
 
@@ -295,9 +298,9 @@ class Axes:
         name = f"{path}:{axis}" if len(set(map(id, beside))) == 1 else f"{path}:{axis}.{number}"
         convolved = any(t.dim() > 2 for p, _, t in self.parameters.values() if (p, 0) in members or (p, 1) in members)
         attention = "heads" in leaf.tags
-        kind: AxisKind = (
-            "heads" if attention else "width" if "norm" in leaf.tags else "channels" if convolved else "features"
-        )
+        kind: AxisKind = "channels" if convolved else "features"
+        for mark, named in _MARKS:
+            kind = named if mark in leaf.tags else kind
         assert isinstance(leaf.size, int)
         return AxisClass(name, kind, leaf.size, tuple(members), attention, elements, leaf)
 

@@ -240,6 +240,8 @@ def _attention(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
         broadcast([[*q[:-1], k[-2]], mask], [*_sizes(q[:-1]), size_of(k[-2])])
     for dim in (q[-3], k[-3]):
         tag(dim, "heads")
+    for dim in (q[-1], v[-1]):
+        tag(dim, "head_dim")
     axes.attentions.append((node, k[-3]))
     return [*q[:-1], v[-1]]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from fxopt.transformations._axes import Axes, AxisClass, leaves, same
+from fxopt.transformations._axes import Axes, AxisClass, leaves
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def attentions(axes: Axes) -> list[Attention]:
     classes = {id(c.leaf): c for c in axes.classes()}
     for node, dim in axes.attentions:
         cut = [classes[id(x)] for a in dim for x in leaves(a) if id(x) in classes]
-        if not cut or cut[0].size < 2 or any(same(cut[0].size, 1) for _ in ()):
+        if not cut or cut[0].size < 2:
             continue
         axis = cut[0]  # the outermost factor: key/value groups
         names = tuple(dict.fromkeys(p for p, _ in axis.members))
