@@ -57,6 +57,7 @@ class Flow:
         self.tensors: dict[int, torch.Tensor] = {}
         self.readers: dict[int, set[Node]] = {}
         self._removable: dict[Node, bool] = {}
+        self._checks = {n for n, call in self.calls.items() if call is not None and _checks(n, call)}
         reaching = self._activations()
         self.preds: dict[Node, list[Node]] = {}
         self.nodes = [n for n in self._live(reaching)]
@@ -222,13 +223,12 @@ class Flow:
         seen = {exit}
         while waiting:
             _, node = heapq.heappop(waiting)
-            checks = [u for u in node.users if u not in dead and u is not exit and is_check(self.gm, u)]
-            users = [u for u in node.users if u not in dead and u not in checks] if node is not exit else []
-            if users or node in kept or not self.removable(node):
+            alive = node is not exit and any(u not in dead and u not in self._checks for u in node.users)
+            if alive or node in kept or not self.removable(node):
                 continue
-            dead |= {node, *(checks if node is not exit else [u for u in checks])}
+            dead |= {node, *(u for u in node.users if u in self._checks)}
             for source in node.all_input_nodes:
-                if source not in seen or source not in dead:
+                if source not in seen:
                     seen.add(source)
                     heapq.heappush(waiting, (-self.at[source], source))
         return sorted(dead, key=self.at.__getitem__)
@@ -255,7 +255,11 @@ def is_check(gm: GraphModule, node: Node) -> bool:
     if node.users or node.op != "call_function":
         return False
     call = ops.read(gm, node)
-    return call is not None and call.op is words.assert_tensor_metadata
+    return call is not None and _checks(node, call)
+
+
+def _checks(node: Node, call: ops.Call) -> bool:
+    return call.op is words.assert_tensor_metadata and not node.users
 
 
 def signature(node: Node) -> Signature | None:

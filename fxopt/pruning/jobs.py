@@ -7,6 +7,7 @@ goes on where it was.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -24,16 +25,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxopt import store
-from fxopt.delta import share
+from fxopt import serial, store
 from fxopt.errors import FxoptError, UsageError
-from fxopt.history import history
-from fxopt.log import install
 from fxopt.pruning.calibration import Batch, Calibration, Loss, distance, loss_of
 from fxopt.pruning.patched import Prefix
 from fxopt.pruning.scores import without
 from fxopt.serial import decode, encode
-from fxopt.transformations._trees import out_of_place, trees
+from fxopt.transformations._trees import out_of_place
 from fxopt.transformations.prune_trees import PruningTree
 
 _CHUNK = 8  # trees in a job
@@ -46,14 +44,14 @@ class Job:
 
     graph: str
     batch: str
-    trees: tuple[str, ...]
+    trees: tuple[PruningTree, ...]
     loss: str
 
     @property
     def key(self) -> str:
         """The same for the same work: by content, not by where the files are."""
-        said = [store.file_hash(Path(self.graph) / n) for n in (store.GRAPH, store.WEIGHTS)]
-        said += [store.file_hash(Path(self.batch)), *self.trees, self.loss]
+        said = [Path(self.graph).name]  # it is named by its content
+        said += [Path(self.batch).name, *(t.id for t in self.trees), self.loss]
         return hashlib.sha256("\n".join(said).encode()).hexdigest()[:24]
 
 
@@ -62,11 +60,11 @@ def run(job: Job) -> list[float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums are in the order of one thread everywhere
     try:
-        prefix, known = _prefix(job.graph, job.batch)
+        prefix = _prefix(job.graph, job.batch)
         loss = _loss(job.loss)
         found = [float(loss(prefix.output, prefix.batch, prefix.output))]
-        for name in job.trees:
-            output = without(prefix, known[name])
+        for tree in job.trees:
+            output = without(prefix, tree)
             found.append(float(loss(output, prefix.batch, prefix.output)))
         return found
     finally:
@@ -74,17 +72,22 @@ def run(job: Job) -> list[float]:
 
 
 @lru_cache(maxsize=2)
-def _loaded(graph: str) -> tuple[GraphModule, dict[str, PruningTree]]:
+def _loaded(graph: str) -> GraphModule:
+    if graph in _GIVEN:
+        return _GIVEN[graph]
     gm = store.load(graph)
     assert isinstance(gm, GraphModule)
-    gm = out_of_place(gm)
-    return gm, {t.id: t for t in trees(gm, runs=True)}
+    return _fresh(gm)
+
+
+def _fresh(gm: GraphModule) -> GraphModule:
+    """A copy in memory of its own: how a product is summed may depend on where its operands begin."""
+    return out_of_place(copy.deepcopy(gm))
 
 
 @lru_cache(maxsize=1)
-def _prefix(graph: str, batch: str) -> tuple[Prefix, dict[str, PruningTree]]:
-    gm, known = _loaded(graph)
-    return Prefix(gm, read_batch(Path(batch))), known
+def _prefix(graph: str, batch: str) -> Prefix:
+    return Prefix(_loaded(graph), read_batch(Path(batch)))
 
 
 def loss_deltas(
@@ -108,14 +111,20 @@ def loss_deltas(
     if executor is not None and workers:
         raise UsageError(f"workers={workers} was given beside an executor; give one of them")
     with _folder(directory) as folder:
-        graph = _write_graph(gm, folder)
+        alone = executor is None and not workers
+        graph = _write_graph(gm, folder, named_only=alone)
+        if alone:
+            _GIVEN[graph] = _fresh(gm)
         names = [t.id for t in wanted]
-        chunks = [tuple(names[i : i + _CHUNK]) for i in range(0, len(names), _CHUNK)] or [()]
+        chunks = [tuple(wanted[i : i + _CHUNK]) for i in range(0, len(names), _CHUNK)] or [()]
         batches = [_write_batch(b, folder, f"{data.hash}-{i}") for i, b in enumerate(data.batches)]
-        said = _loss_name(loss, serial=executor is None and not workers)
+        said = _loss_name(loss, alone)
         jobs = [Job(graph, b, c, said) for b in batches for c in chunks]
         results = _run_all(jobs, _Pool(executor, workers), _Journal(folder / "scores.jsonl"), say)
         _LOCAL.pop(said, None)
+        _GIVEN.pop(graph, None)
+        _prefix.cache_clear()
+        _loaded.cache_clear()
     return _deltas(results, jobs, batches, names)
 
 
@@ -126,8 +135,8 @@ def _deltas(results: dict[Job, list[float]], jobs: list[Job], batches: list[str]
         for job in jobs:
             if job.batch == batch:
                 dense, *patched = results[job]
-                for name, value in zip(job.trees, patched, strict=True):
-                    total[name] += value - dense
+                for tree, value in zip(job.trees, patched, strict=True):
+                    total[tree.id] += value - dense
     return {name: value / len(batches) for name, value in total.items()}
 
 
@@ -259,8 +268,6 @@ def _folder(directory: str | Path | None) -> Iterator[Path]:
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="fxopt-prune-") as name:
             yield Path(name)
-            _prefix.cache_clear()
-            _loaded.cache_clear()
         return
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
@@ -269,33 +276,18 @@ def _folder(directory: str | Path | None) -> Iterator[Path]:
     yield folder
 
 
-def _write_graph(gm: GraphModule, folder: Path) -> str:
-    """Save the graph as it is, with no history."""
-    plain = share(gm)
-    for name in [k for k in plain.meta if str(k).startswith("fxopt")]:
-        del plain.meta[name]
-    for node in plain.graph.nodes:
-        node.meta.pop("fxopt", None)
-    install(plain)
-    if len(history(plain)):
-        plain = _bare(plain)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".graph-") as aside:
-        store.save(plain, Path(aside) / "graph")
-        digest = hashlib.sha256(
-            "".join(store.file_hash(Path(aside) / "graph" / n) for n in (store.GRAPH, store.WEIGHTS)).encode()
-        ).hexdigest()[:16]
-        place = folder / f"graph-{digest}"
-        if not place.exists():
+def _write_graph(gm: GraphModule, folder: Path, named_only: bool) -> str:
+    """Save the graph as it is, with no history, under a name made of its content; or only say the name."""
+    graph, tensors = serial.to_json(gm)
+    digest = hashlib.sha256(json.dumps(graph, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    place = folder / f"graph-{digest.hexdigest()[:16]}"
+    if not named_only and not place.exists():
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".graph-") as aside:
+            store.save(serial.from_json(graph, tensors), Path(aside) / "graph")
             os.replace(Path(aside) / "graph", place)
     return str(place)
-
-
-def _bare(gm: GraphModule) -> GraphModule:
-    """A graph module of the same graph and tensors that no history belongs to."""
-    from fxopt import serial
-
-    graph, tensors = serial.to_json(gm)
-    return serial.from_json(graph, tensors)
 
 
 def _write_batch(batch: Batch, folder: Path, name: str) -> str:
@@ -323,6 +315,7 @@ def read_batch(path: Path) -> Batch:
 
 # --- losses by name -------------------------------------------------------------------------------------------------------
 
+_GIVEN: dict[str, GraphModule] = {}  # graphs that this process need not load
 _LOCAL: dict[str, Loss] = {}  # a function that only this process knows
 
 
