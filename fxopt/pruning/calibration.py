@@ -75,6 +75,12 @@ class Calibration:
                 found.add(hashlib.sha256(b"".join(_content(t[i]) for t in tensors)).digest())
         return found
 
+    def with_outputs(self, gm: Callable[..., Any]) -> Calibration:
+        """The same inputs; the targets are what ``gm`` gives for them."""
+        with torch.no_grad():
+            made = [Batch(b.inputs, logits(b.call(gm)).detach().clone()) for b in self.batches]
+        return Calibration(tuple(made), self.seed)
+
     def check_apart(self, evaluation: Calibration) -> None:
         """Refuse data for the evaluation that the calibration holds too."""
         shared = len(self.rows() & evaluation.rows())
@@ -117,8 +123,13 @@ def logits(output: Any) -> Tensor:
 
 
 def distance(output: Any, batch: Batch, reference: Any) -> Tensor:
-    """How far the output is from the dense one, squared and over its variance: what there is without labels."""
-    ours, dense = logits(output).float(), logits(reference).float()
+    """
+    How far the output is from the dense one, squared and over its variance: what there is without labels.
+
+    The dense one is the batch's target where that holds floats.
+    """
+    known = batch.target is not None and batch.target.is_floating_point()
+    ours, dense = logits(output).float(), (batch.target if known else logits(reference)).float()  # type: ignore[union-attr]
     return (ours - dense).square().mean() / dense.var(correction=0).clamp(min=1e-12)
 
 

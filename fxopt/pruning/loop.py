@@ -172,7 +172,9 @@ def prune(
     ``exclude`` (words in module or parameter names) choose the trees.  ``evaluation`` must share no row with ``data``.
     """
     _check(gm, target_sparsity, count_trees, iterations, by, data, evaluation)
-    before = count(gm)
+    before, given = count(gm), data
+    if data is not None and loss is distance:  # from the graph as it is now, however much of it goes
+        data = data.with_outputs(gm)
     dense = mean_loss(gm, data, loss) if data is not None else math.nan
     found: list[Iteration] = []
     options = _Options(by, loss, tuple(kinds), tuple(exclude), fit, per_ms, seed, workers, executor, directory)
@@ -185,7 +187,7 @@ def prune(
         found.append(iteration)
         if say is not None:
             say(f"{', '.join(iteration.removed)}: {iteration.parameters:,} parameters, loss {iteration.loss:.4g}")
-    return Pruned(gm, before, tuple(found), dense, "" if data is None else data.hash)
+    return Pruned(gm, before, tuple(found), dense, "" if given is None else given.hash)
 
 
 def restore(gm: GraphModule, tree: str | PruningTree) -> GraphModule:
