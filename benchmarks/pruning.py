@@ -6,7 +6,8 @@
     python benchmarks/pruning.py families               # trees found, pruned, exported again and undone
 
 Training and tuning are given seconds of processor time on one thread, so that they do not depend on what else runs.
-All variants, Torch-Pruning's too, are captured and timed as graph modules. Batch norms keep their statistics in tuning.
+All variants, Torch-Pruning's too, are captured and timed as graph modules. In tuning, Torch-Pruning's and the dense
+module are in training mode, as their users have them; our graphs keep the statistics of their batch norms.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fxopt.pruning.calibration import cross_entropy
 from fxopt.transformations import EliminateNoOps
 
 RATIOS = (0.15, 0.3, 0.45, 0.6)
+DENSE = "dense"
 STEPS = {"a": (2, 4, 6, 8), "b": (1, 2, 3, 4)}
 
 
@@ -100,23 +102,27 @@ def run(name: str, seed: int, out: Path, trained: float, tuned: float) -> None:
     dense = captured(task, model)
     print(f"task {name} seed {seed}: {steps} steps, dense {task.evaluate(dense)[0]:.4f}", flush=True)
     start = time.process_time()
-    variants: dict[str, Any] = {"dense": copied(dense)}
+    variants: dict[str, Any] = {DENSE: model.eval()}
     variants |= ours(task, dense, seed, "greedy", fit=True)
     scored = time.process_time() - start
     plain = {n: task.evaluate(g) for by, fit in (("greedy", False), ("block_influence", False), ("magnitude", False))
              for n, g in ours(task, dense, seed, by, fit).items()}  # fmt: skip
-    variants |= torch_pruning(task, model, seed)
+    peers = torch_pruning(task, model, seed)
+    variants |= peers
     rows = []
     for label, variant in variants.items():
         before = task.evaluate(variant)
-        graph = copied(captured(task, variant))
-        graph.requires_grad_(True)
-        tasks.train(task, graph, tuned, seed + 17, task.rate / 4)
-        after = task.evaluate(graph)
-        rows.append({"name": label, "before": before, "after": after, "parameters": P.loop.count(graph)})
-        print(f"  {label:32s} {before[0]:.4f} -> {after[0]:.4f}  accuracy {before[1]:.3f} -> {after[1]:.3f}", flush=True)
+        trial = copy.deepcopy(variant) if label in (DENSE, *peers) else copied(variant)
+        trial.requires_grad_(True)
+        tasks.train(task, trial.train() if label in (DENSE, *peers) else trial, tuned, seed + 17, task.rate / 4)
+        after = task.evaluate(trial.eval() if label in (DENSE, *peers) else trial)
+        count = sum(p.numel() for p in trial.parameters())
+        rows.append({"name": label, "before": before, "after": after, "parameters": count})
+        print(
+            f"  {label:32s} {before[0]:.4f} -> {after[0]:.4f}  accuracy {before[1]:.3f} -> {after[1]:.3f}", flush=True
+        )
     told = {"task": name, "seed": seed, "trained_s": trained, "tuned_s": tuned, "scored_s": scored, "rows": rows}
-    told["untuned"] = {n: v for n, v in plain.items()}
+    told["untuned"] = plain
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}-{seed}.json").write_text(json.dumps(told, indent=1))
     if seed == 0:
@@ -160,7 +166,9 @@ def summary(out: Path) -> None:
         if not runs or not place.exists():
             continue
         times = json.loads(place.read_text())
-        print(f"\ntask {name}: {len(runs)} seeds, trained {runs[0]['trained_s']:.0f} s, tuned {runs[0]['tuned_s']:.0f} s")
+        print(
+            f"\ntask {name}: {len(runs)} seeds, trained {runs[0]['trained_s']:.0f} s, tuned {runs[0]['tuned_s']:.0f} s"
+        )
         print("| variant | latency / dense | ms | loss before | loss after | accuracy before | after |")
         print("|---|---|---|---|---|---|---|")
         curves: dict[str, list[tuple[float, float, float, str]]] = {}
@@ -171,7 +179,9 @@ def summary(out: Path) -> None:
             ms, ratio = times[row["name"]]
             print(f"| {row['name']} | {ratio:.3f} | {ms:.2f} | {before[0]:.3f} | {after[0]:.3f} ± {spread:.3f} | "
                   f"{before[1]:.3f} | {after[1]:.3f} |")  # fmt: skip
-            curves.setdefault(row["name"].rpartition(" ")[0] or "dense", []).append((ms, before[0], after[0], row["name"]))
+            curves.setdefault(row["name"].rpartition(" ")[0] or "dense", []).append(
+                (ms, before[0], after[0], row["name"])
+            )
         untuned = {n: statistics.mean(run["untuned"][n][0] for run in runs) for n in runs[0]["untuned"]}
         print("untuned:", ", ".join(f"{n} {v:.3f}" for n, v in untuned.items()))
         for label, points in curves.items():
@@ -187,7 +197,7 @@ def summary(out: Path) -> None:
 
 
 def families() -> None:
-    """Every family of the built-in models, very small: what is found, and that each tree is pruned, exported, undone."""
+    """Every family of the built-in models, very small: what is found; each tree pruned, exported again and undone."""
     from fxopt import models
     from fxopt.inputs import example_inputs
     from fxopt.pruning.config import captured as without_cache

@@ -144,7 +144,7 @@ def text_task() -> Task:
 
 
 def digits_task() -> Task:
-    """Task B: two handwritten digits on one canvas, shifted and noisy; the digits of the validation are not trained on."""
+    """Task B: two handwritten digits on one canvas, shifted and noisy; other digits in training and validation."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -173,8 +173,8 @@ def digits_task() -> Task:
     return Task("b", SmallResNet, batch(order[:cut]), tuple(held(128, 10_000 + i) for i in range(6)), 64, 3e-3)
 
 
-def train(task: Task, model: Any, seconds: float, seed: int, rate: float, check: bool = False) -> int:
-    """AdamW with a cosine for so many seconds of processor time, which other programs cannot shorten; the steps made."""
+def train(task: Task, model: Any, seconds: float, seed: int, rate: float) -> int:
+    """AdamW with a cosine for so many seconds of processor time, whatever else runs; the steps made."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     start, steps = time.process_time(), 0

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from fxopt import ops
 from fxopt.transformations._memory import value
 
-Size = int | sympy.Expr
+Size = Any  # a number, or an expression of symbols
 Dim = list["Atom"]
 Dims = list[Dim]
 AxisKind = Literal["heads", "head_dim", "channels", "features", "width"]

@@ -190,7 +190,7 @@ def _embedding(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     return [*index, weight[1]]
 
 
-# --- normalisation and attention ----------------------------------------------------------------------------------------
+# --- normalisation and attention ------------------------------------------------------------------------------------
 
 
 @_rule(words.batch_norm)
@@ -277,7 +277,7 @@ def _pool(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     return None if x is None else [*x[:-2], *(fresh(n, "it is a place in an image") for n in _shape(node)[-2:])]
 
 
-# --- views --------------------------------------------------------------------------------------------------------------
+# --- views ----------------------------------------------------------------------------------------------------------
 
 
 @_rule(words.view, words.reshape, words.flatten, words.unflatten, words.squeeze)
@@ -348,7 +348,7 @@ def _slice(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     return [*x[:axis], fresh(shape[axis], "it is sliced by number"), *x[axis + 1 :]]
 
 
-# --- joining and splitting ----------------------------------------------------------------------------------------------
+# --- joining and splitting ------------------------------------------------------------------------------------------
 
 
 @_rule(words.cat)

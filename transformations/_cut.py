@@ -21,11 +21,11 @@ def cut(gm: GraphModule, axes: Axes, drop: Sequence[tuple[Atom, Sequence[int]]])
     changed = [n for n in gm.graph.nodes if kept.changes(axes.of.get(n))]
     for node in changed:
         _rewrite_sizes(gm, axes, node, kept)
-    _slice(gm, axes, kept)
+    touched = _slice(gm, axes, kept)
     for node in gm.graph.nodes:
         call = axes.calls.get(node)
-        if call is not None and call.dialect == "module" and node in changed:
-            _tell_module(gm, axes, node, kept)
+        if call is not None and call.dialect == "module" and str(node.target) in touched:
+            _tell_module(gm, node)
     refresh(gm, changed)
 
 
@@ -61,7 +61,9 @@ class _Kept:
         return len(self.indices(dim)) if self.has(dim) else size_of(dim)
 
 
-def _slice(gm: GraphModule, axes: Axes, kept: _Kept) -> None:
+def _slice(gm: GraphModule, axes: Axes, kept: _Kept) -> set[str]:
+    """Slice every parameter and buffer that has the class; the paths of the modules that hold them."""
+    touched = set()
     for _, dims, tensor in axes.parameters.values():
         new = tensor.detach()
         for axis, dim in enumerate(dims):
@@ -70,15 +72,18 @@ def _slice(gm: GraphModule, axes: Axes, kept: _Kept) -> None:
         if new.shape == tensor.shape:
             continue
         replaced = as_parameter(new, tensor)
-        for module in gm.modules():
-            for store in (module._parameters, module._buffers):
+        for path, module in gm.named_modules(remove_duplicate=False):
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for store in stores:
                 for name, held in store.items():
                     if held is tensor:
                         store[name] = replaced
+                        touched.add(path)
     refresh(gm, [n for n in gm.graph.find_nodes(op="get_attr") if kept.changes(axes.of.get(n))])
+    return touched
 
 
-def _tell_module(gm: GraphModule, axes: Axes, node: Node, kept: _Kept) -> None:
+def _tell_module(gm: GraphModule, node: Node) -> None:
     """The attributes of a layer that is called as a module."""
     path = str(node.target)
     module = gm.get_submodule(path)

@@ -60,7 +60,7 @@ class Flow:
         self._checks = {n for n, call in self.calls.items() if call is not None and _checks(n, call)}
         reaching = self._activations()
         self.preds: dict[Node, list[Node]] = {}
-        self.nodes = [n for n in self._live(reaching)]
+        self.nodes = list(self._live(reaching))
         live = set(self.nodes)
         self.preds = {n: [p for p in n.all_input_nodes if p in live] for n in self.nodes}
         self.succs: dict[Node, list[Node]] = {n: [] for n in self.nodes}
@@ -193,7 +193,7 @@ class Flow:
         return Region(entry, exit, tuple(sorted(inside, key=self.at.__getitem__)))
 
     def between(self, entry: Node, exit: Node) -> tuple[Node, ...]:
-        """The operations on the ways from ``entry`` to ``exit``, ``exit`` included, where `chains` says it is a region."""
+        """The operations on the ways from ``entry`` to ``exit``, which is one of them, where this is a region."""
         inside: set[Node] = set()
         waiting = [exit]
         while waiting:

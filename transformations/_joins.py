@@ -50,9 +50,7 @@ def join(gm: GraphModule, node: Node) -> Join | str:
     return Join(node, tuple(parts), sizes, tuple(consumers), tuple(norms)) if reason is None else reason
 
 
-def _follow(
-    gm: GraphModule, node: Node, axis: int, dims: int, consumers: list[Node], norms: list[Node]
-) -> str | None:
+def _follow(gm: GraphModule, node: Node, axis: int, dims: int, consumers: list[Node], norms: list[Node]) -> str | None:
     """Collect what mixes ``axis``, counted from the end, of the value of ``node``; or say who else reads it."""
     for user in node.users:
         call = ops.read(gm, user)

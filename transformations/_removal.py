@@ -18,11 +18,11 @@ from fxopt.errors import TransformationError, UsageError
 from fxopt.pattern import Match
 from fxopt.transformation import New, Site
 from fxopt.transformations._axes import Axes
-from fxopt.transformations._constants import path_of, unfit
+from fxopt.transformations._constants import unfit
 from fxopt.transformations._cut import cut
 from fxopt.transformations._flow import Flow
 from fxopt.transformations._heads import attentions
-from fxopt.transformations._joins import Join, join
+from fxopt.transformations._joins import join
 from fxopt.transformations._memory import Memory, value
 from fxopt.transformations._restate import bury, refresh, restate
 from fxopt.transformations._trees import features_axis, kept_operand
@@ -47,7 +47,7 @@ class Fit:
     def plain(self) -> tuple[str, int, int, str]:
         """As plain values: tree, out, in, and the numbers in base64."""
         numbers = torch.cat([self.weight.float().flatten(), self.bias.float()]).numpy().tobytes()
-        return self.tree, *self.weight.shape, base64.b64encode(numbers).decode()  # type: ignore[return-value]
+        return self.tree, *self.weight.shape, base64.b64encode(numbers).decode()
 
     @staticmethod
     def of(saved: Sequence[Any]) -> Fit:
@@ -96,9 +96,7 @@ def find(gm: GraphModule, name: str, flow: Flow | None = None) -> Ends | str:
     return Ends(entry, exit, "layer") if isinstance(entry, Node) else f"{name}: {exit} is no layer"
 
 
-def _find_region(
-    gm: GraphModule, first: Node | None, exit: Node | None, name: str, flow: Flow | None
-) -> Ends | str:
+def _find_region(gm: GraphModule, first: Node | None, exit: Node | None, name: str, flow: Flow | None) -> Ends | str:
     if first is None or exit is None:
         return f"{name}: its nodes are not there"
     flow = flow or Flow(gm)
@@ -381,9 +379,7 @@ def _drop_from_cat(gm: GraphModule, node: Node, part: str) -> None:
         raise TransformationError(f"{part} cannot be dropped from {node}: {found}, so its columns cannot go")
     index = [p.name for p in found.parts].index(part)
     starts = [sum(found.sizes[:i]) for i in range(len(found.parts))]
-    kept = [
-        torch.arange(s, s + n) for i, (s, n) in enumerate(zip(starts, found.sizes, strict=True)) if i != index
-    ]
+    kept = [torch.arange(s, s + n) for i, (s, n) in enumerate(zip(starts, found.sizes, strict=True)) if i != index]
     columns = torch.cat(kept)
     for consumer in found.consumers:
         layer = _read_layer(gm, consumer)
@@ -454,7 +450,7 @@ def cut_groups(gm: GraphModule, groups: Mapping[str, Sequence[int]]) -> None:
         wrong = [g for g in gone if not 0 <= g < axis.size]
         if wrong or len(set(gone)) >= axis.size:
             raise TransformationError(
-                f"{name} has {axis.size} groups, and {sorted(set(gone))} were to go; one has to stay, or drop the branch"
+                f"{name} has {axis.size} groups, {len(set(gone))} of them to go; one has to stay, or drop the branch"
             )
         cut(gm, axes, [(axis.leaf, list(gone))])
 

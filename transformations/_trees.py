@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from typing import Any, Literal, overload
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxopt import ops
@@ -253,7 +253,7 @@ class _Enumeration:
         batch norm: its statistics are those of the layer before it.
         """
         unit: Region | None = None
-        for before, exit in zip(points, points[1:], strict=False):
+        for before, exit in itertools.pairwise(points):
             assert isinstance(exit, Node)
             entry = _source(before)
             nodes = self.flow.between(entry, exit)
@@ -331,7 +331,7 @@ def _largest(regions: list[PruningTree], operands: set[frozenset[str]]) -> list[
 
 
 def kept_operand(gm: GraphModule, node: Node, dropped: int) -> Any:
-    """The other operand of a sum or product than number ``dropped``; None where it is scaled, or ``node`` is neither."""
+    """The operand of a sum or product beside number ``dropped``; None where it is scaled, or ``node`` is neither."""
     call = ops.read(gm, node)
     if call is None or call.op not in _DROPPED:
         return None
@@ -386,8 +386,3 @@ def _plain(path: Any) -> list[str]:
     text = re.sub(r"^L\['self'\]\.?", "", str(path))
     text = re.sub(r"getattr\((.*), '(\w+)'\)", r"\1.\2", text)
     return [p for p in text.replace("slice(None, None, None)", "").split(".") if p]
-
-
-def parameter(gm: GraphModule, x: Any) -> nn.Parameter | torch.Tensor | None:
-    """The tensor behind an operand of a call."""
-    return ops.constant(gm, x)

@@ -32,14 +32,14 @@ class PruneTrees(ReversibleTransformation):
     A region becomes the identity; an operand of a sum, product or concatenation is dropped (the consumer's columns with
     it); an attention loses key/value groups.  A tree with a `Fit` becomes that linear layer.  A layer of unequal
     dimensions is, by ``unequal``: multiplied into the linear layer after it (``fold``, exact), replaced by two thin
-    ones (``low_rank``, of ``rank`` times the rank at which nothing is saved), or by a selection of its input's channels,
-    matched by weight (``match``) or by position and zeros (``pad``); ``auto`` is the first of these that can be done.
+    ones (``low_rank``, of ``rank`` times the rank at which nothing is saved), or by channels of its input, matched by
+    weight (``match``) or by position and zeros (``pad``); ``auto`` is the first of these that can be done.
     Trees inside others that went are gone too.  Writes in place are made out of place first.
     """
 
     root_only = True  # one call does all the graphs inside
 
-    trees: tuple[str, ...] = ()
+    trees: tuple[str | PruningTree, ...] = ()
     fits: tuple[Any, ...] = ()
     unequal: Unequal = "auto"
     rank: float = 0.5
@@ -74,17 +74,17 @@ class PruneTrees(ReversibleTransformation):
     def transform(self, graph_module: GraphModule) -> None:
         inner = graphs(graph_module)
         fits = {f.tree: f for f in map(Fit.of, self.fits)}
-        if strange := fits.keys() - set(self.trees):
+        if strange := fits.keys() - set(map(str, self.trees)):
             raise TransformationError(f"there is a fit for {min(strange)}, which is not among the trees to remove")
         for path, gm in inner.items():
-            mine = [t for t in self.trees if _graph_of(t, inner) == path]
+            mine = [t for t in map(str, self.trees) if _graph_of(t, inner) == path]
             if mine:
                 _remove_all(gm, path, mine, fits, self.unequal, self.rank)
 
     def misses(self, gm: GraphModule) -> Iterator[Miss]:
         """The trees of a layer or region that are named but not there."""
         inner = graphs(gm)
-        for name in self.trees:
+        for name in map(str, self.trees):
             path = _graph_of(name, inner)
             ends = find(inner[path], _own_name(name, path))
             if isinstance(ends, str):
@@ -136,4 +136,3 @@ def _graph_of(name: str, inner: dict[str, GraphModule]) -> str:
 
 def _own_name(name: str, path: str) -> str:
     return name.removeprefix(f"{path}/") if path else name
-

@@ -60,7 +60,8 @@ class PruneWidth(ReversibleTransformation):
     def transform(self, graph_module: GraphModule) -> None:
         if not self.drop and self.ratio == 0:
             return
-        if any(f is not None and f.kind == "write" for f in (effect(graph_module, n) for n in graph_module.graph.nodes)):
+        found_effects = (effect(graph_module, n) for n in graph_module.graph.nodes)
+        if any(f is not None and f.kind == "write" for f in found_effects):
             MakeOutOfPlace().transform(graph_module)
         found = Axes(graph_module)
         classes = {c.id: c for c in found.classes()}
@@ -95,9 +96,7 @@ def axes(gm: GraphModule) -> list[AxisClass]:
     return Axes(out_of_place(gm)).classes()
 
 
-def _given(
-    drop: Sequence[tuple[str, tuple[int, ...]]], classes: Mapping[str, AxisClass]
-) -> dict[str, tuple[int, ...]]:
+def _given(drop: Sequence[tuple[str, tuple[int, ...]]], classes: Mapping[str, AxisClass]) -> dict[str, tuple[int, ...]]:
     for name, units in drop:
         if name not in classes:
             close = difflib.get_close_matches(name, classes, n=1)

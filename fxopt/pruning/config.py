@@ -39,9 +39,10 @@ class PruneConfig:
 
     ``model``: a built-in name, a folder, a hub name, or a module.  ``tokenizer``: a folder, by default the model's;
     ``data``: a text file to calibrate on and, the last tenth of it, to evaluate on; without it, random inputs.
-    ``dummy_input``: one batch to capture with, by default made up.  One of ``target_sparsity`` (share of the parameters)
-    and ``pruning_iterations`` (trees to remove) says when to stop.  ``score``: default, greedy, or a score.  ``loss``:
-    distance (from the dense outputs), loss (cross-entropy; next token for a language model) or error_rate.
+    ``dummy_input``: one batch to capture with, by default made up.  One of ``target_sparsity`` (share of the
+    parameters) and ``pruning_iterations`` (trees to remove) says when to stop.  ``score``: default, greedy, or a score.
+    ``loss``: distance (from the dense outputs), loss (cross-entropy; of the next token in a language model) or
+    error_rate.
     ``exclude``: words in module or parameter names that are not touched; ``types``: kinds of trees that are.
     ``evaluate``: measure the loss before and after, on other data than the calibration's, or with ``lm_eval_tasks``.
     """
@@ -169,7 +170,9 @@ class Outcome:
     written: tuple[Path, ...]
 
 
-def run(config: PruneConfig, evaluate: Callable[[Any], float] | None = None, say: Callable[[str], None] = print) -> Outcome:
+def run(
+    config: PruneConfig, evaluate: Callable[[Any], float] | None = None, say: Callable[[str], None] = print
+) -> Outcome:
     """
     Load, capture, prune, evaluate and save as ``config`` says.
 
@@ -243,9 +246,7 @@ def _data(config: PruneConfig, model: nn.Module) -> tuple[Calibration, Calibrati
     length = config.max_length or fitting_length(model, 64)
     if config.data is not None:
         return _from_text(config, length)
-    made = [
-        example_inputs(model, config.batch_size, length, seed=config.seed + i) for i in range(config.batches * 2)
-    ]
+    made = [example_inputs(model, config.batch_size, length, seed=config.seed + i) for i in range(config.batches * 2)]
     return Calibration.of(made[: config.batches], config.seed), Calibration.of(made[config.batches :], config.seed)
 
 
@@ -261,7 +262,9 @@ def _from_text(config: PruneConfig, length: int) -> tuple[Calibration, Calibrati
     rows = tokens[: len(tokens) // length * length].reshape(-1, length)
     cut, need = len(rows) * 9 // 10, config.batches * config.batch_size
     if cut < need or len(rows) - cut < 1:
-        raise UsageError(f"data = {config.data!r} has {len(rows)} rows of {length} tokens, too few for {need} and a test")
+        raise UsageError(
+            f"data = {config.data!r} has {len(rows)} rows of {length} tokens, too few for {need} and a test"
+        )
     order = torch.randperm(cut, generator=torch.Generator().manual_seed(config.seed))[:need]
     held = rows[cut:]
     first = [_tokens(rows[i]) for i in order.split(config.batch_size)]
@@ -296,7 +299,9 @@ def _lm_eval() -> Any:
     try:
         import lm_eval
     except ImportError as error:
-        raise UsageError("lm_eval_tasks needs the package lm_eval: pip install lm_eval; or leave the field out") from error
+        raise UsageError(
+            "lm_eval_tasks needs the package lm_eval: pip install lm_eval; or leave the field out"
+        ) from error
     return lm_eval
 
 

@@ -140,7 +140,7 @@ def _deltas(results: dict[Job, list[float]], jobs: list[Job], batches: list[str]
     return {name: value / len(batches) for name, value in total.items()}
 
 
-# --- where jobs run -------------------------------------------------------------------------------------------------------
+# --- where jobs run -------------------------------------------------------------------------------------------------
 
 
 class _Pool:
@@ -260,7 +260,7 @@ class _Journal:
             os.fsync(file.fileno())
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -281,7 +281,9 @@ def _write_graph(gm: GraphModule, folder: Path, named_only: bool) -> str:
     graph, tensors = serial.to_json(gm)
     digest = hashlib.sha256(json.dumps(graph, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     place = folder / f"graph-{digest.hexdigest()[:16]}"
     if not named_only and not place.exists():
         with tempfile.TemporaryDirectory(dir=folder, prefix=".graph-") as aside:
@@ -313,7 +315,7 @@ def read_batch(path: Path) -> Batch:
     return Batch(values if said["keywords"] else tuple(values.values()), tensors.get("target"))
 
 
-# --- losses by name -------------------------------------------------------------------------------------------------------
+# --- losses by name -------------------------------------------------------------------------------------------------
 
 _GIVEN: dict[str, GraphModule] = {}  # graphs that this process need not load
 _LOCAL: dict[str, Loss] = {}  # a function that only this process knows

@@ -19,8 +19,8 @@ from torch.fx import GraphModule
 from fxopt.errors import UsageError
 from fxopt.history import commits, history
 from fxopt.pruning.calibration import Calibration, Loss, distance, mean_loss
-from fxopt.pruning.fitting import fits
 from fxopt.pruning.files import write_text
+from fxopt.pruning.fitting import fits
 from fxopt.pruning.jobs import loss_deltas
 from fxopt.pruning.scores import SCORES, score
 from fxopt.text import to_html, to_text
@@ -165,9 +165,9 @@ def prune(
     Take trees out of ``gm``, each as a commit that can be undone alone.
 
     Each round enumerates the trees again, scores them and removes the least important, until ``target_sparsity`` of the
-    parameters or ``count_trees`` trees have gone, or for ``iterations`` rounds of one tree.  ``by``: "default" keeps the
-    third that block influence and Taylor rank lowest and takes, of these, the tree whose removal costs least ``loss``,
-    measured anew in every round (greedy); "greedy" measures all; or any score of `fxopt.pruning.score`, once at the
+    parameters or ``count_trees`` trees have gone, or for ``iterations`` rounds of one tree.  ``by``: "default" keeps
+    the third that block influence and Taylor rank lowest and takes, of these, the tree whose removal costs least
+    ``loss``, measured anew in every round (greedy); "greedy" measures all; or any score of `fxopt.pruning.score`, once at the
     start for all that go (one-shot).  ``fit`` puts a fitted linear layer in the place of each.  ``kinds`` and
     ``exclude`` (words in module or parameter names) choose the trees.  ``evaluation`` must share no row with ``data``.
     """

@@ -79,7 +79,7 @@ def score(
     return {name: value / max(saved[name], 1e-6) for name, value in found.items()}
 
 
-# --- from weights alone -------------------------------------------------------------------------------------------------
+# --- from weights alone ---------------------------------------------------------------------------------------------
 
 
 def _parameters(gm: GraphModule, tree: PruningTree) -> list[Tensor]:
@@ -104,8 +104,8 @@ def _magnitude_mean(gm: GraphModule, tree: PruningTree, seed: int) -> float:
 
 def _magnitude_normalized(gm: GraphModule, tree: PruningTree, seed: int) -> float:
     kinds: dict[str, list[float]] = {}
-    for name, t in gm.named_parameters():
-        kinds.setdefault(name.rpartition(".")[2] + str(t.dim()), []).append(float(t.detach().double().square().mean()))
+    for name, p in gm.named_parameters():
+        kinds.setdefault(name.rpartition(".")[2] + str(p.dim()), []).append(float(p.detach().double().square().mean()))
     total = 0.0
     for name, t in zip(tree.parameters, _parameters(gm, tree), strict=True):
         usual = kinds.get(name.rpartition(".")[2] + str(t.dim()), [1.0])
@@ -172,7 +172,7 @@ def sum_by_unit(axes: Axes, axis: AxisClass, of: Callable[[Tensor], Tensor | Non
     return total
 
 
-# --- from values --------------------------------------------------------------------------------------------------------
+# --- from values ----------------------------------------------------------------------------------------------------
 
 
 def _of_values(gm: GraphModule, trees: Sequence[PruningTree], data: Calibration, angular: bool) -> dict[str, float]:
@@ -270,12 +270,10 @@ def _perturbed(output: object) -> object:
     return tree_map_only(Tensor, shift, output)
 
 
-# --- time -----------------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------------------------
 
 
-def milliseconds(
-    gm: GraphModule, trees: Sequence[PruningTree], batch: Batch, repeats: int = 5
-) -> dict[str, float]:
+def milliseconds(gm: GraphModule, trees: Sequence[PruningTree], batch: Batch, repeats: int = 5) -> dict[str, float]:
     """The milliseconds that the operations of each tree take, measured one by one: the least of ``repeats`` runs."""
     best: dict[str, float] = {}
     for _ in range(repeats + 1):

@@ -33,8 +33,8 @@ def width_scores(
     For each class of axes the score of each of its units, (units,) float64; the lower, the less it matters.
 
     ``magnitude``: the norm of its parameters; ``random``: by ``seed``; ``taylor``: |sum of weight x gradient|
-    (Molchanov et al., 2019); ``fisher``: its mean square over batches; ``wanda``: |weight| x the norm of the input, over
-    the layers that read it (Sun et al., 2023).  Raises `UsageError` where data are missing.
+    (Molchanov et al., 2019); ``fisher``: its mean square over batches; ``wanda``: |weight| x the norm of the input,
+    over the layers that read it (Sun et al., 2023).  Raises `UsageError` where data are missing.
     """
     if by not in WIDTH_SCORES:
         raise UsageError(f"width score {by!r} is not known; give one of {', '.join(WIDTH_SCORES)}")
