@@ -8,6 +8,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class Task:
 def text_task() -> Task:
     """Task A: the next byte of the Python standard library's own text; its last 5 % are the validation data."""
     names = sorted(glob.glob(sysconfig.get_paths()["stdlib"] + "/*.py"))
-    raw = b"\n".join(open(n, "rb").read() for n in names)
+    raw = b"\n".join(Path(n).read_bytes() for n in names)
     data = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long().clamp(max=VOCABULARY - 1)
     cut = int(len(data) * 0.95)
 

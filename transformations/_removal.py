@@ -83,7 +83,8 @@ def find(gm: GraphModule, name: str, flow: Flow | None = None) -> Ends | str:
         return f"{name}: there is no node {parsed[1]}"
     call = ops.read(gm, exit)
     if mark == "#":
-        return Ends(None, exit, "heads", number)
+        attention = call is not None and call.op is words.scaled_dot_product_attention
+        return Ends(None, exit, "heads", number) if attention else f"{name}: {exit} is no attention that is there"
     if mark == ":" and call is not None and call.op is words.cat:
         parts = call.arguments["tensors"]
         if number >= len(parts):

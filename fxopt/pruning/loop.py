@@ -167,8 +167,8 @@ def prune(
     Each round enumerates the trees again, scores them and removes the least important, until ``target_sparsity`` of the
     parameters or ``count_trees`` trees have gone, or for ``iterations`` rounds of one tree.  ``by``: "default" keeps
     the third that block influence and Taylor rank lowest and takes, of these, the tree whose removal costs least
-    ``loss``, measured anew in every round (greedy); "greedy" measures all; or any score of `fxopt.pruning.score`, once at the
-    start for all that go (one-shot).  ``fit`` puts a fitted linear layer in the place of each.  ``kinds`` and
+    ``loss``, measured anew in every round (greedy); "greedy" measures all; or any score of `fxopt.pruning.score`, once
+    at the start for all that go (one-shot).  ``fit`` puts a fitted linear layer in the place of each.  ``kinds`` and
     ``exclude`` (words in module or parameter names) choose the trees.  ``evaluation`` must share no row with ``data``.
     """
     _check(gm, target_sparsity, count_trees, iterations, by, data, evaluation)

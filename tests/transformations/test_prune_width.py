@@ -87,7 +87,7 @@ def difference(gm, inputs, axis, drop):
     source = out_of_place(gm)
     found = Axes(source)
     leaf = next(c.leaf for c in found.classes() if c.id == axis.id)
-    flat = [t for t in (inputs.values() if isinstance(inputs, dict) else inputs)]
+    flat = list(inputs.values() if isinstance(inputs, dict) else inputs)
     with torch.no_grad():
         reference = tensors(Masked(source, found, leaf, drop).run(*flat, enable_io_processing=False))
         PruneWidth(drop=((axis.id, tuple(drop)),))(gm)
@@ -128,7 +128,7 @@ class TestClasses:
         assert groups.size == 2 and names == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"}
 
     def test_fused_projections_are_cut_in_all_three_parts(self):
-        gm, inputs = captured("gpt2")
+        gm, _inputs = captured("gpt2")
         heads = next(c for c in axes(gm) if c.kind == "heads")
         PruneWidth(drop=((heads.id, (1, 2)),))(gm)
         weight = gm.get_parameter("transformer.h.0.attn.c_attn.weight")
