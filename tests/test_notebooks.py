@@ -12,6 +12,7 @@ NOTEBOOKS = (
     "02_undo_and_history.ipynb",
     "03_bisect_a_broken_pass.ipynb",
     "04_write_your_own_pass.ipynb",
+    "07_graph_pruning.ipynb",
 )
 
 

@@ -207,7 +207,7 @@ def restore(gm: GraphModule, tree: str | PruningTree) -> GraphModule:
             kept = tuple(f for f in made.fits if f[0] != name)
             PruneTrees(others, kept, made.unequal, made.rank)(gm)
         return gm
-    gone = [t for c in commits(gm) if isinstance(c.transformation, PruneTrees) for t in c.transformation.trees]
+    gone = [str(t) for c in commits(gm) if isinstance(c.transformation, PruneTrees) for t in c.transformation.trees]
     raise UsageError(f"{name} was not pruned; what was: {', '.join(gone) or 'nothing'}")
 
 

@@ -55,7 +55,7 @@ class TestLoop:
         found = P.prune(gm, data, count_trees=1, by="greedy", kinds=("branch",))
         assert found.removed == (min(deltas, key=deltas.get),)
 
-    def test_a_fit_costs_less_than_nothing_in_its_place(self, data):
+    def test_a_fit_is_nearer_than_nothing_in_its_place(self, data):
         losses = []
         for fit in (False, True):
             gm = capture(Model(2), (X,))

@@ -73,7 +73,7 @@ class TestScores:
 
     def test_magnitude_is_the_sum_of_squares_and_a_groups_is_its_own(self, gm, some):
         found = P.score(gm, some, "magnitude")
-        parameters = dict(gm.named_parameters())
+        parameters = {n: p.detach() for n, p in gm.named_parameters()}
         for tree in some.of_kind("branch"):
             assert found[tree.id] == pytest.approx(sum(float(parameters[p].square().sum()) for p in tree.parameters))
         heads = some.of_kind("heads")[:2]
