@@ -129,6 +129,8 @@ def _transform_all(gm: GraphModule, transformation: Recordable) -> None:
     for path, inner in graphs(gm).items():
         if graphs(gm).get(path) is not inner:  # it took this one out of the graph module
             continue
+        if path and getattr(transformation, "root_only", False):
+            continue
         result = transformation.transform(inner)
         if result is not None and result is not inner:
             # a module's repr is a line for each of its modules

@@ -14,6 +14,7 @@ NOTEBOOKS = (
     "04_write_your_own_pass.ipynb",
     "05_sparse_training.ipynb",
     "06_block_sparse.ipynb",
+    "07_graph_pruning.ipynb",
 )
 
 
