@@ -11,6 +11,7 @@ from setuptools.errors import CompileError, LinkError
 NATIVE = Path("fxopt", "kernels", "native")
 # Contraction is asked for by name: a kernel's results may not depend on whether a product was fused with its sum.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12 says it of its own AVX-512 headers (GCC bug 105593)
 
 
 class BuildKernels(build_ext):
