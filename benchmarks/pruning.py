@@ -149,7 +149,7 @@ def latency(out: Path, rounds: int) -> None:
         base = timed.baseline.median
         found = {DENSE: [1e3 * base, 1.0]}
         for comparison in timed:
-            found[comparison.after.name] = [1e3 * comparison.after.median, comparison.ratio]
+            found[comparison.b.name] = [1e3 * comparison.b.median, comparison.ratio]
         (out / f"latency-{name}.json").write_text(json.dumps(found, indent=1))
         print(name, json.dumps(found, indent=1))
 

@@ -1,7 +1,6 @@
 import concurrent.futures
 import math
 import os
-import signal
 
 import loky
 import pytest
@@ -143,15 +142,6 @@ class TestCalibration:
         torch.testing.assert_close(found.bias.double(), solution[-1], rtol=1e-3, atol=1e-4)
 
 
-def kill_once(path):
-    """Kill the worker that comes here first."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 class Killing(loky.ProcessPoolExecutor):
     """An executor of which one worker is killed in the middle."""
 
@@ -161,8 +151,9 @@ class Killing(loky.ProcessPoolExecutor):
 
     def submit(self, function, *args):
         self.count += 1
-        if self.count == 2:
-            super().submit(kill_once, str(self.path))
+        if self.count == 2 and not self.path.exists():
+            self.path.touch()
+            super().submit(os._exit, 1)
         return super().submit(function, *args)
 
 

@@ -78,7 +78,7 @@ class Masked(Interpreter):
             if there is not None and not there.all():
                 shape = [1] * value.dim()
                 shape[axis] = -1
-                value = value * there.view(shape).to(value.dtype)
+                value = torch.where(there.view(shape), value, torch.zeros((), dtype=value.dtype))
         return value
 
 
