@@ -8,8 +8,6 @@ are found by delta debugging.  One guilty rewrite of R, in one of P transformati
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,30 +19,30 @@ from torch.fx import GraphModule
 
 import fxopt
 from fxopt import checks
-from fxopt.bisection import Bisection, Probe
+from fxopt.bisection import Bisection
 from fxopt.capture import capture
-from fxopt.checks import ByScript, Check, Failure
+from fxopt.checks import OTHERWISE, ByCall, ByScript, Check, Failure, inputs_of
+from fxopt.compose import Result, Step
 from fxopt.delta import share
-from fxopt.errors import UsageError
+from fxopt.errors import FxoptError, UsageError
 from fxopt.hint import hints
 from fxopt.limit import spelled
-from fxopt.repro import Repro, of_pass, of_rewrite, of_script
-from fxopt.search import Answer, Items, Journal, Record, complete, halve, minimized, prefix
+from fxopt.portable import NotPortable
+from fxopt.probing import Flaky, Probing
+from fxopt.repro import Repro, folder_at
+from fxopt.repro_texts import FLAKY
+from fxopt.reproduce import of_check, of_pass, of_rewrite
+from fxopt.samples import InputSet, normal_form
+from fxopt.search import Items, Journal, Verdict, complete, halve, minimized, prefix
 from fxopt.shapes import propagate
-from fxopt.trials import Stage, Trials, Unbuildable, flat, spans
+from fxopt.trials import Stage, Trials, flat, spans
 
 JOURNAL = "bisect.jsonl"
-
-
-def _short(answer: Answer) -> str:
-    """What is new in an answer that is not the first of its kind."""
-    return answer.note if answer.verdict == "skip" else answer.note.partition(" (")[0].partition(" on ")[0]
-
-
-def _total(tensor: torch.Tensor) -> str:
-    """A number that tells tensors apart, for the journal: the same model with other weights is another bisection."""
-    dense = tensor.to_dense() if tensor.layout is not torch.strided else tensor
-    return "" if dense.is_meta else repr(dense.detach().double().nan_to_num().sum().item())
+_PATIENCE = 8  # how many that cannot be judged are asked in a row, before some of the suspects are left out instead
+_MOST_PIECES = 8  # into which suspects are cut that cannot be judged one after the other
+_MOST_TOGETHER = (
+    8  # rewrites that are called guilty together; of more, it is only said that they could not be told apart
+)
 
 
 def bisect(
@@ -58,6 +56,7 @@ def bisect(
     directory: str | Path | None = None,
     resume: bool = False,
     confirm: bool = True,
+    repeat: int = 1,
     say: Callable[[str], None] | None = None,
 ) -> Bisection:
     """
@@ -74,19 +73,23 @@ def bisect(
     where all is good, each transformation is asked whether something fails there that a later one hides.  A
     transformation that raises is itself the culprit.  ``directory``: keep a journal of the answers there, from which
     ``resume`` goes on; nothing is kept elsewhere.  ``confirm=False`` makes the reproducer but does not run it, so that
-    nothing counts as found.  ``say`` gets a line for each probe as it is made.
+    nothing counts as found.  ``repeat``: ask the check so often of each graph; where the answers are not the same it
+    is flaky, and that is the result.  ``say`` gets a line for each probe as it is made.
+
+    A check of one's own is asked again by a fresh process, of the graph without the guilty rewrite and of the one with
+    it, or of the smallest part of both for which it answers; a function that no other process can import is asked again
+    here, and the fresh process compares values.
 
     Raises `UsageError` if the original itself fails the check.
     """
+    if not isinstance(repeat, int) or repeat < 1:
+        raise UsageError(f"bisect was given repeat={repeat!r}, expected how often to ask of each graph, 1 or more")
+    if resume and directory is None:
+        raise UsageError("resume=True needs the directory of the bisection to resume; give directory=…")
     gm = _graph(model, example_inputs)
     asked = check if isinstance(check, Check) else checks.make(check, gm, example_inputs, rtol, atol)
-    path = None
-    if directory is not None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        path = Path(directory) / JOURNAL
-    elif resume:
-        raise UsageError("resume=True needs the directory of the bisection to resume; give directory=…")
-    search = _Search(gm, Trials(gm, flat(pipeline)), asked, say or (lambda line: None))
+    path = None if directory is None else folder_at(directory, "bisect") / JOURNAL
+    search = _Search(gm, Trials(gm, flat(pipeline)), asked, say or (lambda line: None), repeat)
     search.journal = Journal(path, search.about() | asked.about(), resume)
     return search.run((rtol, atol), confirm)
 
@@ -94,94 +97,43 @@ def bisect(
 def _graph(model: nn.Module, example_inputs: Any) -> GraphModule:
     if not isinstance(model, nn.Module):
         raise UsageError(f"bisect was given a {type(model).__name__}, expected a module or a graph module")
-    first = example_inputs[0] if isinstance(example_inputs, list) and example_inputs else example_inputs
     if isinstance(model, GraphModule):
         captured = model.meta.get("fxopt.capture")
-        if first is None or (captured is not None and captured.route == "submodules"):  # eager code between the graphs
-            return model
-        return propagate(share(model), first)
-    if first is None:
+        if example_inputs is None or (captured is not None and captured.route == "submodules"):
+            return model  # there is eager code between the graphs
+        return _propagated(share(model), normal_form(example_inputs, model)[0])
+    if example_inputs is None:
         raise UsageError("bisect needs example_inputs to capture a model; give them, or a graph module")
-    return capture(model, first)
+    return capture(model, inputs_of(normal_form(example_inputs, model)[0]))
 
 
-class _Search:
+def _propagated(gm: GraphModule, case: InputSet) -> GraphModule:
+    try:
+        return propagate(gm, inputs_of(case))
+    except FxoptError:
+        raise
+    except Exception as error:  # whatever an operator raises that is given what it cannot take
+        first = next(iter(str(error).splitlines()), "")
+        raise UsageError(
+            f"the graph does not run on the example_inputs ({type(error).__name__}: {first}); it takes "
+            f"{', '.join(str(n.target) for n in gm.graph.nodes if n.op == 'placeholder') or 'none'}"
+        ) from error
+
+
+class _Search(Probing):
     """One bisection under way."""
-
-    def __init__(self, gm: GraphModule, trials: Trials, check: Check, say: Callable[[str], None]) -> None:
-        self.gm, self.trials, self.check, self.say = gm, trials, check, say
-        self.journal = Journal(None, {})
-        self.record = Record(self._answer)
-        self.failure: Failure | None = None
-        self.probes: list[Probe] = []
-        self.notes: list[str] = []
-
-    def about(self) -> dict[str, Any]:
-        """What is bisected, for the journal."""
-        text = [f"{n.name} {n.op} {n.args} {n.kwargs}" for n in self.gm.graph.nodes]
-        tensors = [*self.gm.state_dict().items(), *(pair for case in self.check.cases for pair in case.tensors())]
-        text += [f"{name} {t.dtype} {tuple(t.shape)} {_total(t)}" for name, t in tensors]
-        return {
-            "graph": hashlib.sha256("\n".join(text).encode()).hexdigest()[:16],
-            "pipeline": [t.signature for t in self.trials.transformations],
-        }
-
-    # --- asking
-
-    def _answer(self, items: Items) -> Answer:
-        try:
-            gm = self.trials.build(items)
-        except Unbuildable as problem:
-            return Answer("skip", str(problem))
-        return self._probe(spans(items) or "0", self._what(items), gm)
-
-    def _probe(self, key: str, what: str, gm: GraphModule) -> Answer:
-        asked_before = sum(p.what == what for p in self.probes)
-        key = f"{key} again" if asked_before else key
-        known = self.journal.answer(key)
-        answer = known or self._judge(gm)
-        if known is None:
-            self.journal.note(key, answer)
-        if self.failure is None and answer.verdict == "bad":
-            self.failure = Failure(**answer.data)
-            self.check.remember(self.failure)
-        note = answer.note if len(self.probes) < 2 else _short(answer)
-        self.probes.append(Probe(what, answer.verdict, note, answer.seconds, known is not None))
-        self.say(f"probe {len(self.probes)}: {self.probes[-1]}")
-        return answer
-
-    def _judge(self, gm: GraphModule) -> Answer:
-        began = time.perf_counter()
-        judgement = self.check.judge(gm)
-        verdict, note = judgement.verdict(self.failure)
-        data = judgement.failures[0].to_json() if judgement.failures else {}
-        return Answer(verdict, note, time.perf_counter() - began, data)
-
-    def _what(self, items: Items) -> str:
-        """A set of rewrites in words."""
-        if not items:
-            return "the original"
-        if len(items) == self.trials.count:
-            return "all"
-        top = self.trials.stage(max(items))
-        if items == prefix(top.last):
-            return f"transformations 1–{top.index + 1} (to {self._name(top)})"
-        mine = frozenset(n - top.first + 1 for n in items if n >= top.first)
-        below = frozenset(n for n in items if n < top.first)
-        if below == prefix(top.first - 1) and mine == prefix(len(mine)):
-            return f"rewrites 1–{len(mine)} of {len(top.parts)} of {self._name(top)}"
-        if len(items) == 1:
-            return f"rewrite {spans(mine)} of {self._name(top)} alone"
-        if below == prefix(top.first - 1):
-            return f"rewrites {spans(mine)} of {self._name(top)}, after all before it"
-        return f"rewrites {spans(items)} of the pipeline"
-
-    def _name(self, stage: Stage) -> str:
-        return spelled(self.trials.transformations, stage.index)
 
     # --- the search
 
     def run(self, tolerances: tuple[float | None, float | None], confirm: bool) -> Bisection:
+        """The result; ``tolerances`` are for the reproducer, which is run in a fresh process if ``confirm``."""
+        try:
+            return self._run(tolerances, confirm)
+        except Flaky as problem:
+            self.notes.append(str(problem))
+            return self._result(flaky=True)
+
+    def _run(self, tolerances: tuple[float | None, float | None], confirm: bool) -> Bisection:
         self._original()
         if self.trials.broken is not None:
             return self._broken(confirm)
@@ -193,9 +145,9 @@ class _Search:
             return replace(self._result(), failure=None)
         assert self.failure is not None
         low, high = self._transformation()
-        low, high = halve(low, high, lambda k: self.record(prefix(k)))
+        low, high = halve(low, high, self._prefix, _PATIENCE)
         if high - low > 1:
-            return self._undecided(low, high)
+            return self._undecided(low, high, tolerances, confirm)
         return self._guilty(high, tolerances, confirm)
 
     def _original(self) -> None:
@@ -210,7 +162,7 @@ class _Search:
         """Where all together are good: say whether they fail on the way, and the rest hides it."""
         for stage in self.trials.stages[:-1]:
             if self.record(prefix(stage.last)) == "bad":
-                limit = self._name(stage)
+                limit = self.name(stage)
                 self.notes.append(f"not monotonic: with limit={limit!r} it fails, and what comes later hides that")
                 return
 
@@ -233,6 +185,7 @@ class _Search:
             context = self._alone(items)
             if range_ is not None:
                 self.notes.append(f"rewrites {range_[0]}–{range_[1]} of the pipeline could not be told apart")
+                self._advise()
         if context is None:
             self.notes.append("it cannot be judged without what was applied before it")
             context = prefix(number) - items
@@ -271,16 +224,50 @@ class _Search:
             self.notes.append(f"not monotonic: rewrites {spans(bad)} of the pipeline are bad, and good with {hiding}")
         stage = self.trials.stage(number)
         found = self._result(stage, items, number)
-        self.say(f"culprit: {found.rewrite.id if found.rewrite else stage.transformation.signature}")
+        return self._reproduced(found, items, context, tolerances, confirm)
+
+    def _reproduced(
+        self,
+        found: Bisection,
+        items: Items,
+        context: Items,
+        tolerances: tuple[float | None, float | None],
+        confirm: bool,
+    ) -> Bisection:
+        """``found`` with what shows it again: the graphs with ``context`` alone, and with ``items`` too."""
+        assert found.transformation is not None
+        self.say(f"culprit: {found.rewrite.id if found.rewrite else found.transformation.signature}")
         before, after = self.trials.build(context), self.trials.build(context | items)
         title, facts = self._title(found), self._facts(found)
         assert self.failure is not None
-        made: Repro | str
-        if isinstance(self.check, ByScript):
-            made = of_script(before, after, self.check.cases[0], self.check.command, title, facts)
-        else:
+        if not isinstance(self.check, ByCall | ByScript):
             made = of_rewrite(before, after, self.check, self.failure, title, facts, tolerances)
-        return self._confirmed(found, made, confirm)
+            return self._confirmed(found, made, confirm)
+        self.say("looking for the smallest part that shows it")
+        try:
+            own = of_check(before, after, self.check, title, facts, self._times)
+            return self._confirmed(found, own, confirm)
+        except NotPortable as problem:
+            made = of_rewrite(before, after, self.check, self.failure, title, facts, tolerances)
+            why = f"the check cannot be taken to a fresh process ({problem})"
+            if isinstance(made, str):
+                return self._confirmed(found, f"{why}, and {made}; put the check into a module", confirm)
+            self._ask_again(before, after)
+            found = replace(found, notes=(*found.notes, f"{why}: it was asked again here, and values compared there"))
+            return self._confirmed(found, made, confirm)
+
+    @property
+    def _times(self) -> int:
+        """How often the check is asked of each graph of the reproducer."""
+        return max(2, self.repeat)
+
+    def _ask_again(self, before: GraphModule, after: GraphModule) -> None:
+        """Ask the check of both graphs once more; raises `Flaky` where it says something else."""
+        for gm, expected in ((before, "good"), (after, "bad")):
+            said = [self.check.judge(gm).verdict(self.failure)[0] for _ in range(self._times)]
+            if set(said) != {expected}:
+                which = "without" if expected == "good" else "with"
+                raise Flaky(f"{FLAKY}: {expected}, then {', '.join(said)} (the graph {which} the rewrite)")
 
     def _confirmed(self, found: Bisection, made: Repro | str, confirm: bool) -> Bisection:
         if isinstance(made, str):
@@ -288,7 +275,13 @@ class _Search:
         if not confirm:
             return replace(found, repro=replace(made, note="it was not tried"))
         self.say("running the reproducer in a fresh process")
-        return replace(found, repro=made.confirm())
+        tried = made.confirm()
+        if FLAKY in tried.note:
+            notes = (*found.notes, tried.note)
+            return replace(found, repro=tried, flaky=True, notes=notes, transformation=None, rewrite=None, hints=())
+        if not tried.confirmed and isinstance(self.check, ByCall | ByScript) and self.repeat == 1:
+            found = replace(found, notes=(*found.notes, "whether the check is flaky, repeat=3 (--repeat 3) tells"))
+        return replace(found, repro=tried)
 
     def _broken(self, confirm: bool) -> Bisection:
         """The result, where a transformation raises."""
@@ -296,32 +289,88 @@ class _Search:
         index, error = self.trials.broken
         t = self.trials.transformations[index]
         kind = type(error.__cause__ or error).__name__
-        self.failure = Failure(f"raised {kind}", t.signature, str(error))
         self.say(f"all: {error}")
+        everything = prefix(self.trials.count)
+        if everything and self.record(everything) != "good":
+            note = self.record.answers[everything].note
+            self.notes.append(
+                f"what comes before it is not good either: {note}; bisect the passes before {self.name_at(index)}"
+            )
+        good = self.name_at(index - 1) if index and self.record.answers[everything].verdict == "good" else None
+        self.failure = Failure(f"raised {kind}", t.signature, str(error))
+        before = self.trials.build(everything)
+        count = len(before.graph.nodes)
         found = replace(
             self._result(),
             transformation=t,
-            last_good=spelled(self.trials.transformations, index - 1) if index else None,
-            first_bad=spelled(self.trials.transformations, index),
+            last_good=good,
+            first_bad=self.name_at(index),
+            gm=before,
+            result=Result(before, (Step(t, 0, (count, count), 0.0, kept=False, note=str(error)),)),
         )
-        before = self.trials.build(prefix(self.trials.count))
         return self._confirmed(found, of_pass(before, t, error, self._title(found), self._facts(found)), confirm)
 
-    def _undecided(self, low: int, high: int) -> Bisection:
+    def _undecided(
+        self, low: int, high: int, tolerances: tuple[float | None, float | None], confirm: bool
+    ) -> Bisection:
         """The result, where all between ``low``, which is good, and ``high``, which is bad, was skipped."""
-        stages = {self.trials.stage(n).index: self.trials.stage(n) for n in range(low + 1, high + 1)}
+        items = self._bad_alone(low, high)
+        if len(items) > _MOST_TOGETHER or len(items) == high - low:
+            low, high = halve(low, high, self._prefix)
+            if high - low == 1:
+                return self._guilty(high, tolerances, confirm)
+            items = items & frozenset(range(low + 1, high + 1))
+        self._advise()
+        good, bad = self.limit(low), self.limit(high)
+        if len(items) <= _MOST_TOGETHER and len(items) < high - low:
+            for n in sorted(items) if len(items) > 1 else ():
+                if self.record(prefix(low) | items - {n}) == "skip":
+                    self.notes.append(f"whether it fails without {self.trials.rewrite(n).id} could not be judged")
+            found = self._result(self.trials.stage(max(items)), items, max(items))
+            found = replace(found, last_good=good, first_bad=bad)
+            return self._reproduced(found, items, prefix(low), tolerances, confirm)
+        stages = {self.trials.stage(n).index: self.trials.stage(n) for n in items}
         found = self._result()
         if len(stages) == 1:
             found = replace(found, transformation=next(iter(stages.values())).transformation)
-        suspects = tuple(self.trials.rewrite(n) for n in range(low + 1, high + 1))
-        return replace(found, suspects=suspects, last_good=self._limit(low), first_bad=self._limit(high))
+        suspects = tuple(self.trials.rewrite(n) for n in sorted(items))
+        return replace(found, suspects=suspects, last_good=good, first_bad=bad)
 
-    def _limit(self, number: int) -> str | None:
-        """The limit that stops after the rewrite of that number."""
-        if not number:
-            return None
-        stage = self.trials.stage(number)
-        return spelled(self.trials.transformations, stage.index, number - stage.first + 1)
+    def _prefix(self, count: int) -> Verdict:
+        return self.record(prefix(count))
+
+    def _bad_alone(self, low: int, high: int) -> Items:
+        """
+        The fewest found of the rewrites after ``low`` up to ``high`` that are bad without the others of them.
+
+        What hides the failure, or cannot be judged, may be left out: first whole transformations, then rewrites.
+        """
+        context, suspects = prefix(low), frozenset(range(low + 1, high + 1))
+        groups = [frozenset(n for n in suspects if s.first <= n <= s.last) for s in self.trials.stages]
+        groups = [g for g in groups if g]
+
+        def together(numbers: Items) -> Items:
+            return frozenset[int]().union(*(groups[i] for i in numbers))
+
+        chosen = minimized(
+            frozenset(range(len(groups))), lambda some: self.record(context | together(some)), _MOST_PIECES
+        )
+        return minimized(together(chosen), lambda some: self.record(context | some), _MOST_PIECES)
+
+    def _advise(self) -> None:
+        """Say what stood in the way of the search, and what to do about it."""
+        skipped = {items: a for items, a in self.record.answers.items() if a.verdict == "skip"}
+        otherwise = [i for i, a in skipped.items() if i and i == prefix(len(i)) and a.note.startswith(OTHERWISE)]
+        if otherwise:
+            first = min(otherwise, key=len)
+            limit = self.limit(len(first))
+            self.notes.append(
+                f"something else is wrong too: with limit={limit!r} it {skipped[first].note}; "
+                "bisect the passes up to there to find that"
+            )
+        elif skipped:
+            note = next(iter(skipped.values())).note
+            self.notes.append(f"some graphs could not be judged ({note}); a check that judges them would tell more")
 
     def _result(
         self, stage: Stage | None = None, items: Items = frozenset(), number: int = 0, flaky: bool = False
@@ -341,10 +390,11 @@ class _Search:
             hints=tuple(dict.fromkeys(hinted)),
             repro=None,
             last_good=good,
-            first_bad=self._limit(number),
+            first_bad=self.limit(number),
             notes=tuple(self.notes),
             flaky=flaky,
             count=self.trials.count,
+            gm=self.trials.build(prefix(number or self.trials.count)),
         )
 
     def _hints(self, number: int) -> tuple[str, ...]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from torch.fx import GraphModule
 
 from fxopt.checks import Failure
+from fxopt.compose import Result
 from fxopt.history import Rewrite, to_html, to_text
 from fxopt.repro import Repro
+from fxopt.repro_texts import FLAKY
 from fxopt.search import Verdict
 from fxopt.transformation import Transformation
+
+NO_SOURCE = (
+    "no line of the source: the graph records none; fxopt.capture does, "
+    "and symbolic_trace with torch.fx.Tracer.record_stack_traces = True"
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class Bisection:
     notes: tuple[str, ...] = ()
     flaky: bool = False
     count: int = 0  # the rewrites of the whole pipeline
+    gm: GraphModule | None = field(default=None, repr=False)  # up to the culprit, with its history; else after all
+    result: Result | None = field(default=None, repr=False)  # where a transformation raises: that step
 
     @property
     def reproduced(self) -> bool:
@@ -78,13 +89,13 @@ class Bisection:
     @property
     def summary(self) -> str:
         """One line: the culprit, and whether that is certain."""
+        if self.flaky:
+            return FLAKY.replace("the check gives", "the check is flaky: it gives")
         if self.failure is None:
             everything = self.probes[1] if len(self.probes) > 1 else None
             if everything is not None and everything.verdict == "skip":
                 return f"not judged: all {self.count} rewrites together: {everything.note}"
             return f"not reproduced: all {self.count} rewrites together are good"
-        if self.flaky:
-            return "the check is flaky: it gave two answers for the same graph"
         if self.transformation is None:
             return f"{len(self.suspects)} rewrites remain, which could not be told apart"
         what = self.rewrite.id if self.rewrite else f"{self.transformation.signature} itself"
@@ -97,6 +108,19 @@ class Bisection:
         if self.found:
             return f"found: {what}"
         return f"{what}; not confirmed in a fresh process" + (f": {self.repro.note}" if self.repro else "")
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """The result in words, for a report: what was found, and each probe."""
+        told = [tuple(line.strip().partition(": ")[::2]) for line in self.lines()[1:] if ": " in line]
+        found = [("bisection", self.summary), *((k, v) for k, v in told)]
+        return [*found, *((f"probe {i}", str(p)) for i, p in enumerate(self.probes, 1))]
+
+    def report(self, path: str | Path) -> Path:
+        """Write a report to ``path``, one HTML file; see `fxopt.report`."""
+        from fxopt.report import report
+
+        return report(self, path)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -139,9 +163,9 @@ class Bisection:
     def lines(self, limits: bool = True) -> list[str]:
         """The result in words, one fact a line; the limits that lead to the last good and the first bad if asked."""
         told = [self.summary]
-        for r in self.interacting or (() if self.rewrite is None else (self.rewrite,)):
-            told += [f"  in {r.module_path}" if r.module_path else "", f"  from {r.source}" if r.source else ""]
-            told.append(f"  {_counts(r)}")
+        for r in () if self.flaky else self.interacting or (() if self.rewrite is None else (self.rewrite,)):
+            told += [f"  in {r.module_path}" if r.module_path else "", f"  from {r.source or NO_SOURCE}"]
+            told.append(f"  {r.summary}")
         told += [f"  {r.id}" for r in self.suspects]
         told += [f"  hint: {h}" for h in self.hints]
         if self.failure is not None:
@@ -152,11 +176,6 @@ class Bisection:
         told += [f"  first bad: limit={self.first_bad!r}"] if limits and self.first_bad else []
         told += [f"  note: {n}" for n in self.notes]
         return list(filter(None, told))
-
-
-def _counts(r: Rewrite) -> str:
-    changes = ((len(r.removed), "removed"), (len(r.created), "created"), (len(r.changed), "changed"))
-    return "nodes: " + (", ".join(f"{count} {what}" for count, what in changes if count) or "none, only their order")
 
 
 def _described(r: Rewrite) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import io
 import math
 import os
+import shlex
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
@@ -22,11 +24,13 @@ from torch.fx import GraphModule
 
 from fxopt.benchmark import Comparison, benchmark
 from fxopt.errors import FxoptError, UsageError
+from fxopt.portable import digest
 from fxopt.samples import InputSet, normal_form
 from fxopt.search import Verdict
 from fxopt.verify import Baseline, Difference
 
 NAMES = ("outputs", "nan", "crash", "slower")
+OTHERWISE = "fails otherwise"  # how the note begins of a graph with another failure than the one looked for
 SLOWER = 1.05  # a ratio below this is no regression that a bisection could follow
 
 
@@ -70,7 +74,7 @@ class Judgement:
             if (failure.kind, failure.where) == (wanted.kind, wanted.where):
                 return "bad", failure.text
         hidden = any(f.where == wanted.where or not f.where for f in self.failures)
-        return "skip" if hidden else "good", f"fails otherwise: {worst.text}"
+        return "skip" if hidden else "good", f"{OTHERWISE}: {worst.text}"
 
 
 class Check(ABC):
@@ -214,6 +218,10 @@ class ByCall(Check):
         self.cases = () if inputs is None else tuple(normal_form(inputs, original))
 
     def judge(self, gm: GraphModule) -> Judgement:
+        return self.judge_on(gm)
+
+    def judge_on(self, gm: GraphModule, case: InputSet | None = None) -> Judgement:
+        """The same of a part of the graph; a function has its own inputs."""
         try:
             said = self.function(copy.deepcopy(gm))  # it may do what it likes to its graph, gm.double() too
             good = None if said is None else bool(said)
@@ -225,7 +233,8 @@ class ByCall(Check):
         return Judgement() if good else Judgement((Failure("check", "check", "the check says no"),))
 
     def about(self) -> dict[str, Any]:
-        return {"check": getattr(self.function, "__qualname__", type(self.function).__qualname__)}
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return {"check": name, "code of the check": digest(self.function)}
 
 
 GRAPH = "FXOPT_GRAPH"  # the variable that names the folder with the graph
@@ -246,8 +255,12 @@ class ByScript(Check):
         self.cases = tuple(normal_form(inputs, original))
 
     def judge(self, gm: GraphModule) -> Judgement:
+        return self.judge_on(gm, self.cases[0])
+
+    def judge_on(self, gm: GraphModule, case: InputSet) -> Judgement:
+        """The same of a part of the graph, with its inputs."""
         with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
-            write_graph(gm, Path(folder), self.cases[0])
+            write_graph(gm, Path(folder), case)
             done = subprocess.run(
                 self.command,
                 shell=True,
@@ -267,7 +280,16 @@ class ByScript(Check):
         return Judgement((Failure("script", "script", text),))
 
     def about(self) -> dict[str, Any]:
-        return {"check": self.name, "script": self.command}
+        return {"check": self.name, "script": self.command, "files of the script": self._files()}
+
+    def _files(self) -> str:
+        """A text that is another one where a file is that the command names."""
+        try:
+            words = shlex.split(self.command)
+        except ValueError:  # quotes that only the shell understands
+            words = self.command.split()
+        found = [Path(word).read_bytes() for word in words if Path(word).is_file()]
+        return hashlib.sha256(b"".join(found)).hexdigest()[:16] if found else ""
 
 
 def write_graph(gm: GraphModule, folder: Path, inputs: InputSet) -> None:

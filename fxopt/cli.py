@@ -123,6 +123,8 @@ def optimize(
         if not result.keeps_class:
             kind = type(loaded).__name__
             out.print(f"saved as a graph: fxopt.load gives a graph module, no {kind}", highlight=False)
+        for failed in result.failed:  # whoever loads it should know
+            out.print(f"saved with a failure in {failed}", style="red", highlight=False, markup=False)
         out.print(f"saved to {save}; `fxopt log {save}` shows its history", highlight=False)
     if not result.ok:
         raise typer.Exit(1)
@@ -146,6 +148,9 @@ def bisect(
         Path | None, typer.Option("--out", help="Keep the journal, the result and the reproducer in this folder.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the journal in --out.")] = False,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Ask so often of each graph: a check that says several things is flaky.")
+    ] = 1,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - is stdout.")] = None,
     graph: Annotated[str | None, typer.Option(help="Only this graph: forward, prefill, decode, …")] = None,
     device: Device = "cpu",
@@ -172,7 +177,7 @@ def bisect(
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
     name, found = frontend.bisect(
-        loaded, inputs, passes, check or "outputs", script, graph, rtol, atol, out_, resume, say
+        loaded, inputs, passes, check or "outputs", script, graph, rtol, atol, out_, resume, say, repeat
     )
     for line in found.lines(limits=False):
         say(line)
@@ -295,6 +300,77 @@ def _numbers(text: str, between: str, option: str, example: str) -> tuple[int, .
     if not all(part.strip().isdigit() for part in parts):
         raise UsageError(f"{option} {text} was given, expected numbers such as {example}")
     return tuple(map(int, parts))
+
+
+@app.command()
+def prune(
+    what: Annotated[str, typer.Argument(metavar="MODEL | CONFIG.toml", help="A model, or a file that says it all.")],
+    target: Annotated[
+        float | None, typer.Option(help="Remove trees until this share of the parameters has gone (0 to 1).")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Remove this many trees.")] = None,
+    score: Annotated[str, typer.Option(help="default, greedy, block_influence, taylor, magnitude, …")] = "default",
+    loss: Annotated[str, typer.Option(help="distance (from the dense outputs), loss or error_rate.")] = "distance",
+    fit: Annotated[bool, typer.Option("--fit", help="Put a fitted linear layer in the place of each tree.")] = False,
+    per_ms: Annotated[bool, typer.Option("--per-ms", help="Divide scores by the measured time saved.")] = False,
+    types: Annotated[str, typer.Option(help="Kinds of trees, separated by commas.")] = "branch,block",
+    exclude: Annotated[str, typer.Option(help="Words in module names to leave alone, separated by commas.")] = "",
+    data: Annotated[str | None, typer.Option(help="A text file to calibrate and evaluate on.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only print the trees.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write the trees as an SVG to this file.")] = None,
+    importances: Annotated[Path | None, typer.Option(help="Write the ranking to this CSV, and JSON beside it.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the result to this folder.")] = None,
+    formats: Annotated[str, typer.Option(help="What to write: fxopt, pt2, onnx.")] = "fxopt",
+    workers: Annotated[int, typer.Option(min=0, help="Processes to score in; 0 is this one.")] = 0,
+    evaluate: Annotated[bool, typer.Option(help="Measure on other data before and after.")] = True,
+    device: Device = "cpu",
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 2,
+    seed: Annotated[int, typer.Option(help="Of the calibration data.")] = 0,
+) -> None:
+    """Take out of a model what it does not need: find its pruning trees, score them, remove the least important."""
+    from fxopt.pruning import config as pruning
+
+    said: dict[str, Any] = {"pruning_iterations": iterations, "target_sparsity": target, "score": score, "loss": loss}
+    said |= {"fit": fit, "per_ms": per_ms, "types": _words(types), "exclude": _words(exclude), "data": data}
+    said |= {"formats": _words(formats), "workers": workers, "evaluate": evaluate, "device": device, "seed": seed}
+    said |= {"max_length": max_length, "batch_size": batch_size}
+    said |= {"importances_save_path": None if importances is None else str(importances)}
+    said |= {"pruned_model_save_dir": None if save is None else str(save)}
+    if list_ or picture is not None:
+        _list_trees(what, picture, device, max_length, batch_size)
+        return
+    if what.endswith(".toml"):
+        config = pruning.PruneConfig.read(what)
+    else:
+        config = pruning.PruneConfig.of({"model": what, **said}, "the command line")
+    result = pruning.run(config, say=lambda line: err.print(line, highlight=False, markup=False))
+    out.print(result.pruned)
+    for name, value in result.after.items():
+        line = f"{name}: {result.before[name]:.4g} -> {value:.4g} on data that no score has seen"
+        out.print(line, highlight=False, markup=False)
+    for path in result.written:
+        out.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _list_trees(model: str, picture: Path | None, device: str, max_length: int | None, batch_size: int) -> None:
+    from fxopt import frontend
+    from fxopt.pruning import trees
+    from fxopt.pruning.config import captured
+
+    if model.endswith(".toml"):
+        raise UsageError(f"--list and --picture take a model, and {model} is a configuration; name the model")
+    with err.status(f"loading {model}"):
+        loaded = frontend.load(model, device=device, dtype=None)
+        gm = captured(loaded, frontend.inputs(loaded, model, max_length=max_length, batch_size=batch_size))
+    found = trees(gm)
+    out.print(found)
+    if picture is not None:
+        write_aside(picture, found.picture())
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(w.strip() for w in text.split(",") if w.strip())
 
 
 @app.command()

@@ -131,7 +131,8 @@ class Result:
                 cells += [_ratio(s.in_sequence), _ratio(s.alone), _memory(s.in_sequence)]
             table.add_row(*cells, style=_red(s))
         parts: list[Any] = [table]
-        parts += [Text(f"{label(s.transformation)}: {s.note}", style="red") for s in self.steps if not s.kept]
+        failed = [s for s in self.steps if not s.kept or (s.rewrites and s.note)]
+        parts += [Text(f"{label(s.transformation)}: {s.note}", style="red") for s in failed]
         if idle := [s for s in self.steps if not s.rewrites and s.kept]:
             parts.append(Text(f"did nothing: {', '.join(map(_idle, idle))}", style="dim"))
         return Group(*parts)
@@ -141,7 +142,7 @@ class Result:
 
 
 def _red(step: Step) -> str | None:
-    return None if step.kept else "red"
+    return "red" if not step.kept or (step.verification is not None and not step.verification.ok) else None
 
 
 def _idle(step: Step) -> str:
@@ -189,7 +190,7 @@ class Pipeline(ReversibleTransformation):
         verify: bool = False,
         benchmark: bool = False,
         example_inputs: Inputs | None = None,
-        on_failure: Literal["raise", "undo"] = "raise",
+        on_failure: Literal["raise", "undo", "keep"] = "raise",
         on_regression: Literal["keep", "undo"] = "keep",
         rtol: float | None = None,
         atol: float | None = None,
@@ -200,6 +201,7 @@ class Pipeline(ReversibleTransformation):
     ) -> None:
         self.transformations = tuple(transformations)
         self.limit = None if limit is None else Limit.parse(limit, self.transformations)
+        self.strict_limit = True  # whether a number beyond the rewrites that there are is an error
         self.inplace = inplace
         self.verify = verify
         self.benchmark = benchmark
@@ -263,7 +265,8 @@ class Pipeline(ReversibleTransformation):
         Apply every step to ``gm`` in place, verify and time it as asked, and say what happened.
 
         With ``on_failure="raise"``, a step that fails or computes something else raises, and ``gm`` is as it was
-        before the first; with ``"undo"`` that step alone is taken back.
+        before the first; with ``"undo"`` that step alone is taken back; with ``"keep"`` it stays, where it computes
+        something else, and is taken back where it raised.
         """
         questions = _Questions(self, gm)
         steps: list[Step] = []
@@ -299,12 +302,15 @@ class Pipeline(ReversibleTransformation):
         seconds = time.perf_counter() - began
         done = history(gm)[-1]
         rewrites = len(done.rewrites)
+        if limit is not None and self.strict_limit and (missed := limit.missed(rewrites)):
+            there = f"{rewrites} rewrite{'s' * (rewrites != 1)} here" if rewrites else "no rewrite here"
+            raise UsageError(f"the limit asks for rewrite {missed} of {t.signature}, which makes {there}")
         if limit is not None and rewrites:
             apart = [r.part.id for i, r in enumerate(done.rewrites, 1) if not limit.keeps(i)]
             undo_rewrites(gm, done.index, apart)
             done, rewrites = history(gm)[-1], rewrites - len(apart)
-        if not rewrites and limit is not None and history(gm)[-1].rewrites:
-            return Step(t, 0, (nodes, nodes), seconds, note="none of its rewrites, by the limit")
+        if not rewrites and limit is not None and (made := len(history(gm)[-1].rewrites)):
+            return Step(t, 0, (nodes, nodes), seconds, note=f"none of its {made} rewrites, by the limit")
         if not rewrites:
             misses = sum(1 for _ in t.misses(gm))
             note = f"did nothing; {misses} near-miss{'es' * (misses != 1)}" if misses else "did nothing"
@@ -314,6 +320,9 @@ class Pipeline(ReversibleTransformation):
             guilty = questions.guilty(before, t)
             if self.on_failure == "raise":
                 raise VerificationError(f"{t.signature}: {verification.summary}{guilty}")
+            if self.on_failure == "keep":
+                note = f"kept, though it fails: {verification.summary}{guilty}"
+                return Step(t, rewrites, (nodes, _count(gm)), seconds, True, note, verification)
             done.reverse()
             return Step(
                 t, rewrites, (nodes, nodes), seconds, False, f"undone: {verification.summary}{guilty}", verification
@@ -478,7 +487,7 @@ def compose(
     verify: bool = False,
     benchmark: bool = False,
     example_inputs: Inputs | None = None,
-    on_failure: Literal["raise", "undo"] = "raise",
+    on_failure: Literal["raise", "undo", "keep"] = "raise",
     on_regression: Literal["keep", "undo"] = "keep",
     rtol: float | None = None,
     atol: float | None = None,
@@ -495,14 +504,15 @@ def compose(
     ``inplace``: False works on a copy.  ``verify``: check every step against the original's own numbers
     (`fxopt.verify`).  ``benchmark``: time every step, as it stands in the sequence and alone on the original
     (`fxopt.benchmark`).  Both need ``example_inputs``: a tuple is positional, a dict is keywords.
-    ``on_failure``: a step that fails or computes something else raises ("raise"; nothing is changed) or is taken back
-    alone ("undo").  ``on_regression``: "undo" takes back a step that is measurably slower.  ``rtol``, ``atol``: see
-    `fxopt.verify`.  ``rounds``, ``warmup``: see `fxopt.benchmark`.  ``show``: print progress and the table; by default
-    where something is asked and a person watches.  ``limit``: run a part of the pipeline, as in "FuseLinearGELU:1-30":
-    what comes before FuseLinearGELU, its first 30 rewrites, and nothing after (`fxopt.limit.Limit`).
+    ``on_failure``: a step that fails or computes something else raises ("raise"; nothing is changed), is taken back
+    alone ("undo"), or stays and is only said ("keep").  ``on_regression``: "undo" takes back a step that is measurably
+    slower.  ``rtol``, ``atol``: see `fxopt.verify`.  ``rounds``, ``warmup``: see `fxopt.benchmark`.  ``show``: print
+    progress and the table; by default where something is asked and a person watches.  ``limit``: run a part of the
+    pipeline, as in "FuseLinearGELU:1-30": what comes before FuseLinearGELU, its first 30 rewrites, and nothing after
+    (`fxopt.limit.Limit`).
     """
     for name, value, allowed in (
-        ("on_failure", on_failure, ("raise", "undo")),
+        ("on_failure", on_failure, ("raise", "undo", "keep")),
         ("on_regression", on_regression, ("keep", "undo")),
     ):
         if value not in allowed:

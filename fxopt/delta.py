@@ -361,7 +361,15 @@ def share(gm: GraphModule) -> GraphModule:
     memo: dict[int, Any] = {}
     for tensor in _tensors(gm, set()):
         memo[id(tensor)] = tensor
-    return copy.deepcopy(gm, memo)
+    twin = copy.deepcopy(gm, memo)
+    keep_name(gm, twin)
+    return twin
+
+
+def keep_name(gm: GraphModule, twin: GraphModule) -> None:
+    """Call the class of a copy as that of ``gm`` is, after the module that was traced; torch calls it GraphModule."""
+    if type(twin) is not type(gm):  # every graph module has a class of its own
+        type(twin).__name__ = type(gm).__name__
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:

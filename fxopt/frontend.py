@@ -22,6 +22,7 @@ from fxopt.checks import ByScript
 from fxopt.compose import Pipeline, Result, compose
 from fxopt.delta import share
 from fxopt.errors import UsageError
+from fxopt.history import history
 from fxopt.huggingface import Optimized, default_passes
 from fxopt.huggingface import optimize as optimize_model
 from fxopt.inputs import example_inputs, fitting_length, load_tokenizer, longest_sequence
@@ -52,7 +53,17 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether the result computes what the model computes, and no step had to be taken back."""
-        return self.verification.ok and all(s.kept or not s.note for r in self.results.values() for s in r.steps)
+        return self.verification.ok and not self.failed
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The steps that failed, by graph: those that were taken back, and those kept at the caller's wish."""
+        steps = [(name, s) for name, r in self.results.items() for s in r.steps]
+        return tuple(
+            f"{name}: {s.signature} was {'kept, though it fails' if s.kept else 'left out: ' + s.note}"
+            for name, s in steps
+            if (not s.kept and s.note) or (s.verification is not None and not s.verification.ok)
+        )
 
     @property
     def keeps_class(self) -> bool:
@@ -183,7 +194,7 @@ def optimize(
         *steps,
         verify=True,
         benchmark=benchmarked,
-        on_failure="undo",
+        on_failure="undo" if limit is None else "keep",  # who asks for a part by hand wants to see just that
         rtol=rtol,
         atol=atol,
         rounds=rounds,
@@ -191,11 +202,24 @@ def optimize(
         limit=limit,
     )
     pipeline.show = False if show is None else show
+    pipeline.strict_limit = False  # one graph of a model may hold fewer places than another
     result = optimize_model(model, pipeline, dict(given))
     state: Optimized = result.__dict__["fxopt"]
+    _check_limit(pipeline, state)
     verification = verify(model, result, dict(given), rtol=rtol, atol=atol)
     comparison = benchmark(model, result, dict(given), rounds=rounds, warmup=warmup) if benchmarked else None
     return Report(name, result, dict(state.results), verification, comparison, passes == "default")
+
+
+def _check_limit(pipeline: Pipeline, state: Optimized) -> None:
+    """`UsageError` where no graph has a rewrite of a number that the limit asks for."""
+    if pipeline.limit is None:
+        return
+    counts = {name: len(history(r.gm)[pipeline.limit.index].rewrites) for name, r in state.results.items()}
+    if counts and (missed := pipeline.limit.missed(max(counts.values()))):
+        told = ", ".join(f"{count} in {name}" for name, count in counts.items())
+        name = pipeline.transformations[pipeline.limit.index].signature
+        raise UsageError(f"the limit asks for rewrite {missed} of {name}, which makes {told}")
 
 
 def graphs(model: nn.Module, given: Mapping[str, Any], generation: bool) -> dict[str, tuple[GraphModule, Any]]:
@@ -230,6 +254,7 @@ def bisect(
     out: Path | None = None,
     resume: bool = False,
     say: Callable[[str], None] = print,
+    repeat: int = 1,
 ) -> tuple[str, Bisection]:
     """
     Bisect the graph named ``graph``, or else each in turn until one fails; its name, and the result.
@@ -249,7 +274,7 @@ def bisect(
             asked = check if script is None else ByScript(script, gm, inputs)
             place = out if name == "forward" or out is None else out / name.replace(" ", "-")
             result = bisect_graph(
-                gm, steps, asked, inputs, rtol=rtol, atol=atol, directory=place, resume=resume, say=say
+                gm, steps, asked, inputs, rtol=rtol, atol=atol, directory=place, resume=resume, repeat=repeat, say=say
             )
             if result.reproduced or name == graph:
                 if place is not None and result.repro is not None and result.repro.confirmed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -18,6 +17,7 @@ from fxopt import patch
 from fxopt.delta import MARKS, Delta, diff, kept_meta
 from fxopt.errors import Conflict, FxoptError, IrreversibleEdit, TransformationError, UsageError
 from fxopt.log import Commit, Recordable, commits, foreign, install, kept, put_back, store
+from fxopt.origin import source_of
 from fxopt.snapshot import Snapshot, graph_of, graphs, node_key, slot_of, snapshot
 from fxopt.split import Part, joined, whole
 from fxopt.text import to_html, to_text
@@ -128,6 +128,8 @@ def run(gm: GraphModule, transformation: Recordable, lint_and_recompile: bool = 
 def _transform_all(gm: GraphModule, transformation: Recordable) -> None:
     for path, inner in graphs(gm).items():
         if graphs(gm).get(path) is not inner:  # it took this one out of the graph module
+            continue
+        if path and getattr(transformation, "root_only", False):
             continue
         result = transformation.transform(inner)
         if result is not None and result is not inner:
@@ -436,16 +438,6 @@ def _why_stuck(commit: Commit, going: Delta, stuck: Sequence[Commit], now: Snaps
 # --- the view that users hold --------------------------------------------------------------------------------------
 
 
-def source_line(trace: str) -> str:
-    """The innermost line of a ``stack_trace`` that is not torch's own: ``file.py:12: the code``."""
-    found = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
-    own = [f for f in found if "/torch/" not in f[0]] or found
-    if not own:
-        return trace.strip().splitlines()[-1].strip()
-    file, line, code = own[-1]
-    return f"{file.rpartition('/')[2]}:{line}: {code.strip()}"
-
-
 @dataclass(frozen=True)
 class Rewrite:
     """One independent rewrite of a commit: undone and made again alone."""
@@ -490,11 +482,42 @@ class Rewrite:
 
     @property
     def source(self) -> str | None:
-        """The line of the model's source that the removed or changed nodes come from."""
+        """The line of the model's source that the removed or changed nodes come from; None where nothing tells."""
         for key in (*self.removed, *self.changed, *self.created):
-            for meta in self.part.delta.metas.get(key, (None, None)):
-                if trace := (meta or {}).get("stack_trace"):
-                    return source_line(str(trace))
+            records = self.part.delta.nodes[key]
+            root = self._root if "::" not in key else ""
+            for record, meta in zip(records, self.part.delta.metas.get(key, (None, None)), strict=True):
+                if record is not None and (found := source_of(meta or {}, record.op, record.target, root)):
+                    return found
+        return self._source_of_operands() or self._source_of_readers()
+
+    @property
+    def _root(self) -> str:
+        """The name of the class that was traced; "" where the nodes know their lines themselves."""
+        recorded = any("stack_trace" in n.meta for n in self.gm.graph.nodes)
+        return "" if recorded else type(self.gm).__name__
+
+    def _source_of_operands(self) -> str | None:
+        """Where it only added operations: the line of what they read."""
+        nodes = {n.name: n for n in self.gm.graph.nodes}
+        for key in self.created if not self.removed else ():
+            record = self.part.delta.nodes[key][1]
+            for name in record.refs() if record is not None and "::" not in key else ():
+                n = nodes.get(name)
+                if n is not None and (found := source_of(n.meta, n.op, n.target, self._root)):
+                    return found
+        return None
+
+    def _source_of_readers(self) -> str | None:
+        """Where only tensors changed: the line that reads one of them."""
+        paths = () if self.part.delta.nodes else (*self.part.delta.slots, *(m for m, _ in self.part.delta.attributes))
+        for node in self.gm.graph.nodes:
+            if node.op not in ("get_attr", "call_module"):
+                continue
+            if any(p == node.target or p.startswith(f"{node.target}.") for p in paths):
+                readers = [node] if node.op == "call_module" else list(node.users)
+                found = (source_of(n.meta, n.op, n.target, self._root) for n in readers)
+                return next(filter(None, found), None)
         return None
 
     def reverse(self, edited: Edited = "refuse") -> None:
@@ -513,7 +536,26 @@ class Rewrite:
             redo_rewrite(self.gm, self.index, self.part.id)
 
     def __repr__(self) -> str:
-        return f"<rewrite {self.part.id}: {self._counts} nodes{'' if self.active else ', undone'}>"
+        touched = f"{self._counts} nodes" if self.part.delta.nodes else self.summary
+        return f"<rewrite {self.part.id}: {touched}{'' if self.active else ', undone'}>"
+
+    @property
+    def summary(self) -> str:
+        """What it changed, in numbers: ``nodes: 2 removed, 1 created; tensors: 1 changed``."""
+        nodes = ((self.removed, "removed"), (self.created, "created"), (self.changed, "changed"))
+        found = [("nodes", ", ".join(f"{len(names)} {what}" for names, what in nodes if names))]
+        pairs = self.part.delta.tensors().values()
+        tensors = (
+            (sum(b is None for _, b in pairs), "removed"),
+            (sum(a is None for a, _ in pairs), "created"),
+            (sum(a is not None and b is not None for a, b in pairs), "changed"),
+        )
+        found.append(("tensors", ", ".join(f"{count} {what}" for count, what in tensors if count)))
+        others = {p for p, (a, b) in self.part.delta.slots.items() if "module" in {s.kind for s in (a, b) if s}}
+        others |= {path for path, _ in self.part.delta.attributes}
+        found.append(("modules", f"{len(others)} changed" if others else ""))
+        told = "; ".join(f"{what}: {said}" for what, said in found if said)
+        return told or "nodes: none, only their order"
 
     @property
     def _counts(self) -> str:
@@ -586,7 +628,8 @@ class Entry:
 
         table = Table("rewrite", "nodes", "source", title=Text(repr(self)[1:-1]), title_justify="left")
         for rewrite in self.rewrites:
-            said = (rewrite.part.id, rewrite._counts, rewrite.source or "")
+            touched = rewrite._counts if rewrite.part.delta.nodes else rewrite.summary
+            said = (rewrite.part.id, touched, rewrite.source or "")
             table.add_row(*map(Text, said), style=None if rewrite.active else "dim strike")
         return table
 

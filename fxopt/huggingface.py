@@ -142,6 +142,7 @@ class Optimized:
         self.fallbacks: Counter[str] = Counter()
         self.notes: tuple[str, ...] = ()
         self.results: dict[str, Result] = {}
+        self.known_to_fail = False  # a pipeline with on_failure="keep" made it so
         self.entries: list[Dispatch] = []
         self.stamp: Stamp | None = None
 
@@ -549,9 +550,14 @@ def _graphs(
         gm = _applied(apply, gm, name, call, state)
         for each, before in zip(group, expected, strict=True):
             taken = guard.refuses(dict(zip(each.names, each.values, strict=True))) is None
-            if taken and difference(before, each.into(gm)) is not None:
+            if taken and not _keeps_failures(apply) and difference(before, each.into(gm)) is not None:
                 _judge(original, gm, each, f"{name} of {type(module).__name__}")
         yield Captured(name, gm, guard)
+
+
+def _keeps_failures(apply: Apply) -> bool:
+    """Whether it is the caller's wish that a graph which computes something else is kept."""
+    return getattr(apply, "on_failure", "raise") == "keep"
 
 
 def _judge(original: GraphModule, gm: GraphModule, call: Call, name: str) -> None:
@@ -565,13 +571,16 @@ def _applied(apply: Apply, gm: GraphModule, name: str, call: Call, state: Optimi
     """The graph after the pipeline; what a `compose` pipeline measured on the recorded inputs goes into ``state``."""
     if (named := getattr(apply, "named", None)) is not None:  # a journal, which differs from graph to graph
         made: GraphModule = named(name, gm)
+        state.known_to_fail |= _keeps_failures(apply)
         return made
     if not isinstance(apply, Pipeline):
         return apply(gm)
     asked = (
         apply if apply.example_inputs is not None else apply.on(dict(zip(call.names, call.fresh().values, strict=True)))
     )
-    state.results[name] = asked.run(gm)
+    state.results[name] = result = asked.run(gm)
+    wrong = any(s.kept and s.verification is not None and not s.verification.ok for s in result.steps)
+    state.known_to_fail |= _keeps_failures(apply) and wrong
     return gm
 
 

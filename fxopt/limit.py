@@ -30,12 +30,22 @@ class Limit:
         """Whether the rewrite of that number, counted from 1, stands."""
         return self.spans is None or any(first <= number <= last for first, last in self.spans)
 
+    def missed(self, count: int) -> str:
+        """Which of its numbers are beyond the ``count`` rewrites that there are; "" if none or only the end of a range.
+
+        ``P:1-30`` may be asked of fewer, and ``P:0`` asks for none.
+        """
+        beyond = [(first, last) for first, last in self.spans or () if first > count]
+        return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in beyond)
+
     @classmethod
     def parse(cls, text: str, transformations: Sequence[Recordable]) -> Limit:
         """The limit that ``text`` spells; raises `UsageError` where the pipeline has no such pass."""
         if not isinstance(text, str):
             raise UsageError(f"limit is {text!r}, expected a text such as 'FuseLinearGELU:1-30'")
         found = _SPELLING.fullmatch(text)
+        if not found or ":" in found["name"]:
+            _refuse_numbers(text, transformations)
         places = found and [i for i, t in enumerate(transformations) if found["name"] in (name_of(t), t.signature)]
         if not found or not places:
             named = ", ".join(dict.fromkeys(map(name_of, transformations))) or "none"
@@ -47,6 +57,17 @@ class Limit:
                 f"say which with {found['name']}#1 to #{len(places)}"
             )
         return cls(places[turn - 1], found["numbers"] and tuple(map(_span, found["numbers"].split(","))))  # type: ignore[arg-type]
+
+
+def _refuse_numbers(text: str, transformations: Sequence[Recordable]) -> None:
+    """`UsageError` where ``text`` names a pass, but what follows the colon are no numbers."""
+    name, _, numbers = text.rpartition(":")
+    known = {n for t in transformations for n in (name_of(t), t.signature)}
+    if name.partition("#")[0] in known or name in known:
+        raise UsageError(
+            f"limit {text!r}: {numbers!r} says no numbers; write {name}:1-30, {name}:1-3,7, "
+            f"{name}:0 for none of its rewrites, or {name} for all"
+        )
 
 
 def _span(text: str) -> tuple[int, int]:

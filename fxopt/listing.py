@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxopt.delta import MARKS, Delta, related
-from fxopt.history import checkout, source_line
+from fxopt.history import checkout
 from fxopt.log import Commit, commits
+from fxopt.origin import source_of
 from fxopt.snapshot import graphs, node_key, path_in
 from fxopt.text import computed
 
@@ -113,7 +113,7 @@ def _line(gm: GraphModule, node: Node, path: str) -> Line:
         holds=held,
         module=module,
         shape=_shape(node.meta.get("val", node.meta.get("example_value"))),
-        source=_source(str(node.meta.get("stack_trace") or "")),
+        source=source_of(node.meta, node.op, node.target),
         marks=tuple(map(str, node.meta.get(MARKS, ()))),
         target=node.target if node.op == "call_function" else None,
     )
@@ -135,11 +135,6 @@ def module_of(node: Node) -> str:
         return str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
     path = str(list(stack.values())[-1][0])
     return "" if path.startswith("_empty_nn_module_stack") else path
-
-
-@functools.lru_cache(maxsize=4096)
-def _source(trace: str) -> str:
-    return source_line(trace) if trace.strip() else ""
 
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxopt.delta import Delta, diff, plain_meta
+from fxopt.delta import Delta, diff, keep_name, plain_meta
 from fxopt.errors import TransformationError
+from fxopt.forward import quicken
 from fxopt.snapshot import Record, Snapshot, by_name, by_node, graphs, snapshot
 from fxopt.split import Part, joined, split, whole
 from fxopt.watch import name_alike
@@ -170,7 +171,7 @@ _MADE_ANEW = frozenset(("_graph", "_code", "_lineno_map", "_prologue_start"))
 
 def install(gm: GraphModule) -> None:
     """
-    Let copies and pickles of ``gm`` be exact.
+    Let copies and pickles of ``gm`` be exact, and its calls direct (`fxopt.forward`).
 
     GraphModule's own ``__deepcopy__`` forgets parameters that no node reads, which buffers persist, and the names that
     were handed out; its pickling traces the generated code again, under other names.  Every graph module has a class
@@ -181,6 +182,14 @@ def install(gm: GraphModule) -> None:
         if kind.__qualname__.endswith("GraphModuleImpl") and "__deepcopy__" not in vars(kind):
             kind.__deepcopy__ = _deepcopy  # type: ignore[method-assign, assignment]
             kind.__reduce__ = _reduce  # type: ignore[method-assign, assignment]
+            kind.recompile = _recompile  # type: ignore[method-assign, assignment]
+            quicken(inner)
+
+
+def _recompile(gm: GraphModule) -> Any:
+    code = super(type(gm), gm).recompile()  # type: ignore[misc]
+    quicken(gm)
+    return code
 
 
 def _deepcopy(gm: GraphModule, memo: dict[int, Any]) -> GraphModule:
@@ -189,6 +198,7 @@ def _deepcopy(gm: GraphModule, memo: dict[int, Any]) -> GraphModule:
         if name not in _MADE_ANEW:
             twin.__dict__[name] = copy.deepcopy(value, memo)
     name_alike(gm, twin)
+    keep_name(gm, twin)
     if commits(gm) or _WORK in gm.meta:
         pending = copy.deepcopy(foreign(gm, snapshot(gm)), memo)
         store(twin, commits(twin), snapshot(twin), pending)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxopt.delta import Ref, Snapshot, share, snapshot
@@ -25,7 +26,6 @@ from fxopt.snapshot import Record
 
 Pair = tuple[str | None, str | None]  # a value of the graph before, and the one that takes its place after
 Fails = Callable[[GraphModule, GraphModule, tuple[Any, ...]], bool]
-_MOST = 24  # parts that are tried
 GUARDS = "_guards_fn"  # torch.export's check of the input shapes; it computes nothing
 _KEPT = ("nn_module_stack", "stack_trace")
 
@@ -47,22 +47,31 @@ class Cut:
         return before, after
 
 
-def reduce(before: GraphModule, after: GraphModule, case: InputSet, fails: Fails, timed: bool = False) -> Cut | None:
+def reduce(
+    before: GraphModule,
+    after: GraphModule,
+    case: InputSet,
+    fails: Fails,
+    by: Literal["values", "ends", "both"] = "values",
+    most: int = 24,
+    whole: bool = True,
+) -> Cut | None:
     """
-    The smallest part of ``before`` and ``after``, as `_candidates` orders them, for which ``fails`` holds.
+    The smallest part of ``before`` and ``after``, as `_Scene.candidates` orders them, for which ``fails`` holds.
 
-    The last one tried is all of both graphs; None if not even that fails.  ``timed``: what is asked is not a value, so
-    only all the places where they differ, and all of both graphs, are tried.
+    ``by``: where a part may end; "values" where the two first differ in value, then later; "ends" at all the ends of
+    what was rewritten, where the failure is no value; "both" there first.  At most ``most`` are tried, and last all of
+    both graphs, if ``whole``; None if not even that fails.
     """
-    old, new = Trace.of(before, case), Trace.of(after, case)
-    scene = _Scene(old, new)
-    pairs = [scene.replaced()] if timed else [[p] for p in scene.candidates()]
-    cuts = [scene.cut(scene.effects(), returned=False)] if not timed else []
-    for cut in itertools.chain(cuts, map(scene.cut, _spread(pairs, _MOST))):
+    scene = _Scene(Trace.of(before, case), Trace.of(after, case))
+    ends = [scene.replaced()] if by != "values" else []
+    values = [[p] for p in scene.candidates()] if by != "ends" else []
+    cuts = [scene.cut(scene.effects(), returned=False)] if by == "values" else []
+    for cut in itertools.chain(cuts, map(scene.cut, [*ends, *_spread(values, most - len(ends))])):
         if cut is not None and fails(cut.before, cut.after, cut.inputs):
             return cut
-    whole = scene.whole()
-    return whole if fails(whole.before, whole.after, whole.inputs) else None
+    everything = scene.whole() if whole else None
+    return everything if everything and fails(everything.before, everything.after, everything.inputs) else None
 
 
 def shortest(gm: GraphModule, fails: Callable[[GraphModule], bool]) -> GraphModule:
@@ -146,12 +155,13 @@ class _Runner(Interpreter):
         self.extra_traceback = False
         self._trace = trace
         self._last: dict[int, str] = {}  # the last node that wrote to a storage
+        self._seen: dict[int, StorageWeakRef] = {}  # as long as they are held, no new storage takes the place of one
 
     def run_node(self, n: Node) -> Any:
         trace, name = self._trace, n.name
         read = [self.env[i] for i in n.all_input_nodes if i in self.env]
         tensors = [t for t in tree_leaves(read) if isinstance(t, Tensor)]
-        memory = {id(t): _storage(t) for t in tensors}
+        memory = {id(t): self._storage(t) for t in tensors}
         trace.feeds[name] = {i.name for i in n.all_input_nodes}
         trace.feeds[name] |= {self._last[s] for s in memory.values() if s in self._last}
         versions = [_version(t) for t in tensors]
@@ -168,18 +178,21 @@ class _Runner(Interpreter):
                     trace.writers.append(name)
         if n.op != "output":
             made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-            trace.storages[name] = {s for t in made if (s := _storage(t))}
+            trace.storages[name] = {s for t in made if (s := self._storage(t))}
             trace.values[name] = result if n.op == "get_attr" else _copied(result)
         return result
+
+    def _storage(self, tensor: Tensor) -> int:
+        """A number for the tensor's memory: not its address, which the next tensor may get once this one is freed."""
+        if tensor.layout is not torch.strided or tensor.is_mkldnn or tensor.device.type == "meta":
+            return 0
+        held = StorageWeakRef(tensor.untyped_storage())
+        self._seen.setdefault(held.cdata, held)
+        return int(held.cdata)
 
 
 def _copied(value: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.detach().clone() if t.layout is torch.strided else t, value)
-
-
-def _storage(tensor: Tensor) -> int:
-    plain = tensor.layout is torch.strided and not tensor.is_mkldnn and tensor.device.type != "meta"
-    return tensor.untyped_storage().data_ptr() if plain else 0
 
 
 def _version(tensor: Tensor) -> int:
@@ -235,7 +248,8 @@ class _Scene:
 
     def candidates(self) -> list[Pair]:
         """Values that take each other's place and differ, the first in the graph first."""
-        common = [(n, n) for n in self.old.values if n in self.open and n in self.new.values]
+        state = {n.name for n in self.new.gm.graph.nodes if n.op == "get_attr"}  # what reads it shows more
+        common = [(n, n) for n in self.old.values if n in self.open and n in self.new.values and n not in state]
         ends = [p for p in zip(_results(self.old.gm), _results(self.new.gm), strict=False) if p[0] in self.open]
         pairs: list[Pair] = list(dict.fromkeys([*self.replaced(), *common, *ends]))
         place = {name: i for i, name in enumerate(self.new.feeds)}

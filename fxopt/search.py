@@ -24,16 +24,21 @@ Ask = Callable[[Items], Verdict]
 # ------------------------------------------------------------------------------------------------------------ halving
 
 
-def halve(low: int, high: int, ask: Callable[[int], Verdict]) -> tuple[int, int]:
+def halve(low: int, high: int, ask: Callable[[int], Verdict], patience: int | None = None) -> tuple[int, int]:
     """
     Where good turns bad: (low, high) with `low` good and `high` bad, next to each other.
 
-    They stay further apart only if everything between them was skipped.  ``low`` is known as good and ``high`` as bad;
-    without skips this asks ⌈log₂(high − low)⌉ times.
+    They stay further apart only if everything between them was skipped, or the last ``patience`` asked were.  ``low``
+    is known as good and ``high`` as bad; without skips this asks ⌈log₂(high − low)⌉ times.
     """
     skipped: set[int] = set()
-    while (middle := next((k for k in _middles(low, high) if k not in skipped), None)) is not None:
+    in_a_row = 0
+    while (
+        in_a_row != patience
+        and (middle := next((k for k in _middles(low, high) if k not in skipped), None)) is not None
+    ):
         verdict = ask(middle)
+        in_a_row = in_a_row + 1 if verdict == "skip" else 0
         if verdict == "skip":
             skipped.add(middle)
         elif verdict == "good":
@@ -88,10 +93,12 @@ def prefix(count: int) -> Items:
     return frozenset(range(1, count + 1))
 
 
-def minimized(items: Items, ask: Ask) -> Items:
+def minimized(items: Items, ask: Ask, most: int | None = None) -> Items:
     """
     A part of ``items``, which are bad, that is bad itself and of which no single item can be left out.
 
+    With ``most``, they are cut into no more pieces than that, and what is left may be larger: it asks less where little
+    can be judged.
     Delta debugging: Zeller and Hildebrandt, IEEE TSE 28(2), 2002; a skipped set counts as one that does not fail.
     """
     found, pieces = sorted(items), 2
@@ -99,7 +106,7 @@ def minimized(items: Items, ask: Ask) -> Items:
         smaller = _smaller(found, pieces, ask)
         if smaller is not None:
             found, pieces = smaller
-        elif pieces >= len(found):
+        elif pieces >= min(len(found), most or len(found)):
             break
         else:
             pieces = min(len(found), 2 * pieces)

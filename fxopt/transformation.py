@@ -36,6 +36,7 @@ class Transformation(ABC):
 
     preserves_computation: bool = False
     replayable: bool = True  # False when it needs data or chance, and would not do the same again
+    root_only: bool = False  # True when `transform` of the outermost graph module sees to those inside it
 
     @property
     def signature(self) -> str:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from fxopt.compose import Pipeline, adopt
 from fxopt.delta import share
-from fxopt.errors import FxoptError, TransformationError
+from fxopt.errors import FxoptError, TransformationError, UsageError
 from fxopt.history import Commit, Rewrite, commits, history, undo_rewrites
 from fxopt.search import Items
 from fxopt.split import Part
@@ -109,7 +109,9 @@ class Trials:
         kept: set[str] = set()
         for number in sorted(some):
             part = stage.parts[number - stage.first]
-            if (found := _recognised(part, fresh, kept)) is None:
+            alike = len(some) == len(stage.parts) == len(fresh.parts)
+            found = _recognised(part, fresh, kept) or (fresh.parts[number - stage.first].id if alike else None)
+            if found is None or found in kept:
                 raise Unbuildable(f"without the rest there is no rewrite {part.id} of {stage.transformation.signature}")
             kept.add(found)
         _take_back(gm, [p.id for p in fresh.parts if p.id not in kept])
@@ -139,6 +141,8 @@ def flat(pipeline: object) -> list[Transformation]:
 def _flattened(given: Sequence[object]) -> Iterator[Transformation]:
     for one in given:
         t = adopt(one)
+        if isinstance(t, Pipeline) and t.limit is not None:
+            raise UsageError("bisect was given a pipeline with a limit; give the passes up to it, without the limit")
         if isinstance(t, Pipeline):
             yield from t.transformations
         else:

@@ -377,8 +377,8 @@ def _rank(difference: Difference) -> tuple[bool, float, float]:
 
 def _check_tolerance(rtol: float | None, atol: float | None) -> None:
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f"{name} is {value}, expected a number of at least 0, or None for the dtype's default")
+        if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
+            raise UsageError(f"{name} is {value!r}, expected a number of at least 0, or None for the dtype's default")
 
 
 def _given_case(before: Callable[..., Any], one: InputSet, seed: int) -> _Case:

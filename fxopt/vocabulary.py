@@ -594,7 +594,12 @@ def _max_pool_attributes(module: Any) -> dict[str, Any] | str:
 
 @op(
     spell(nn.MaxPool2d, attributes=_max_pool_attributes),
-    F.max_pool2d,
+    # torch picks the function by `return_indices`, which every traced call says
+    spell(
+        F.max_pool2d,
+        "input kernel_size! stride padding dilation ceil_mode return_indices=_",
+        must={"return_indices": (False,)},
+    ),
     torch.max_pool2d,
     spell(aten.max_pool2d.default, translate={"stride": ((), None)}),
     normalize=_pooling,

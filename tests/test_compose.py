@@ -139,6 +139,15 @@ def test_a_wrong_step_is_taken_back_alone(gm):
     assert "undone" in result.steps[2].note
 
 
+def test_a_wrong_step_may_be_kept(gm):
+    """It stays in the graph and is said; a step that raises cannot."""
+    result = compose(DROP, DIV, Wrong(), Raises(), verify=True, example_inputs=X, on_failure="keep").run(gm)
+    assert [s.kept for s in result.steps] == [True, True, True, False]
+    assert not result.verification.ok and "kept, though it fails: " in result.steps[2].note
+    assert [c.signature for c in history(gm)] == [DROP.signature, DIV.signature, Wrong().signature]
+    assert "kept, though it fails" in repr(result) and "oops" in repr(result)
+
+
 def test_a_step_that_raises_leaves_nothing(gm):
     before = nodes(gm)
     with pytest.raises(TransformationError, match=r"Raises\(\) failed after EliminateDropout\(\): ValueError: oops"):

@@ -83,7 +83,11 @@ def test_what_is_spelled_is_read(count):
     ("limit", "message"),
     (
         ("Fuse", "names no pass of the pipeline; .* NAME of: EliminateDropout, FuseLinearGELU"),
-        ("FuseLinearGELU:x", "names no pass"),
+        ("FuseLinearGELU:x", "'x' says no numbers; write FuseLinearGELU:1-30, .*FuseLinearGELU:0 for none"),
+        ("FuseLinearGELU:1-", "'1-' says no numbers"),
+        ("FuseLinearGELU:", "'' says no numbers"),
+        ("EliminateDropout#2:1,", "'1,' says no numbers; write EliminateDropout#2:1-30"),
+        ("Other:1-", "names no pass"),
         ("", "names no pass"),
         ("EliminateDropout:1", "runs EliminateDropout 2 times; say which with EliminateDropout#1 to #2"),
         ("EliminateDropout#3", "2 times"),
@@ -92,6 +96,22 @@ def test_what_is_spelled_is_read(count):
 def test_a_wrong_limit(limit, message):
     with pytest.raises(UsageError, match=message):
         fxopt.compose(DROP, GELU, DROP, limit=limit)
+
+
+@pytest.mark.parametrize("numbers", ("99", "6", "1-3,99", "7-8"))
+def test_a_rewrite_that_is_not_there(gm, numbers):
+    before = gm.code
+    asked = numbers.rpartition(",")[2]
+    with pytest.raises(UsageError, match=rf"asks for rewrite {asked} of EliminateDropout\(\), which makes 5 rewrites"):
+        fxopt.compose(DROP, limit=f"EliminateDropout:{numbers}")(gm)
+    assert gm.code == before and not fxopt.history(gm)
+    with pytest.raises(UsageError, match="which makes no rewrite here"):
+        fxopt.compose(GELU, limit="FuseLinearGELU:1")(gm)
+
+
+def test_none_of_them_is_said(gm):
+    result = fxopt.compose(DROP, limit="EliminateDropout:0", verify=True, example_inputs=X).run(gm)
+    assert result.steps[0].note == "none of its 5 rewrites, by the limit"
 
 
 def test_an_inner_limit_is_refused():

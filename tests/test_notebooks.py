@@ -13,6 +13,8 @@ NOTEBOOKS = (
     "03_bisect_a_broken_pass.ipynb",
     "04_write_your_own_pass.ipynb",
     "05_sparse_training.ipynb",
+    "06_block_sparse.ipynb",
+    "07_graph_pruning.ipynb",
 )
 
 

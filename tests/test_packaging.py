@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,8 @@ def test_constraints_pin_every_dependency(declared):
     pins = {line.split("==")[0].lower() for line in lines if not line.startswith("#")}
     assert all("==" in line and "+" not in line for line in lines if not line.startswith("#"))
     wanted = declared["options"]["install_requires"] + declared["options.extras_require"]["dev"]
-    assert {line.split(">=")[0].lower() for line in wanted.split()} <= pins
+    names = [re.split(r"[>=;\s]", line)[0].lower() for line in wanted.splitlines() if line]
+    assert set(names) <= pins
 
 
 def test_sdist_holds_the_sources(distributions):

@@ -36,7 +36,7 @@ def test_what_needs_shapes_is_given_them_as_the_readme_says():
 
     model, inputs = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).eval(), (torch.randn(3, 8),)
     assert "`fxopt.propagate(gm, inputs)`" in README
-    bare, told, asked = (symbolic_trace(model) for _ in range(3))
+    bare, told, asked = (symbolic_trace(model) for _ in range(4))
     fxopt.propagate(told, inputs)
     fxopt.compose(FuseBatchNorm1dInLinear(), example_inputs=inputs)(asked)
     for gm, rewrites in ((bare, 0), (told, 1)):
@@ -62,6 +62,8 @@ def test_the_python_examples_run(number, tmp_path, monkeypatch):
         assert [c.signature for c in names["fxopt"].history(names["gm"])] == ["MergeLinears()"]
     elif "found" in names:
         assert names["found"].found and names["found"].hints == ("gelu approximate 'none' → 'tanh'",)
+    elif "sparsify" in names:
+        assert not names["fxopt"].history(names["gm"]) and names["layer"].density == 0.25
     elif "Pruner" in names:
         assert [layer.name for layer in names["report"].layers] == ["0", "2"]
     else:

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
@@ -481,3 +482,52 @@ def test_what_no_spelling_says_cannot_be_written():
     with pytest.raises(TypeError, match="identity has no function"):
         declared = ops.Op("identity", inspect.signature(lambda input: None))
         declared.emit(Graph(), "function", 1)
+
+
+@pytest.mark.parametrize("p", (0.4, 1.0))
+@pytest.mark.parametrize(
+    "functional, module, sizes",
+    (
+        (F.dropout1d, nn.Dropout1d, (2, 8, 5)),
+        (F.dropout2d, nn.Dropout2d, (2, 8, 5, 4)),
+        (F.dropout3d, nn.Dropout3d, (2, 8, 5, 4, 3)),
+        (F.feature_alpha_dropout, nn.FeatureAlphaDropout, (2, 8, 5, 4)),
+    ),
+    ids=lambda v: getattr(v, "__name__", None),
+)
+def test_feature_dropouts_drop_the_same_channels_in_every_spelling(functional, module, sizes, p):
+    x = f(*sizes)
+    op = vocabulary.feature_alpha_dropout if "alpha" in functional.__name__ else vocabulary.feature_dropout
+
+    def drawn(make):
+        torch.manual_seed(3)
+        return make(x.clone())
+
+    expected = drawn(lambda v: functional(v, p, True))
+    kept = (expected.flatten(2) == expected.flatten(2)[..., :1]).all(-1)  # a dropped channel holds one value
+    assert kept.any() and (p == 1.0 or not kept.all())
+    found = [drawn(module(p).train())]
+    for spelling in (
+        s for s in op.spellings if s.dialect != "module" and s.target not in FOR_OTHER_SIZES - {functional}
+    ):
+        args, kwargs = spelling.say({"input": x, "p": p, "training": True, "inplace": spelling.inplace})
+        found.append(drawn(lambda v, s=spelling, a=args, k=kwargs: s.target(v, *a[1:], **k)))
+    assert len(found) >= 5
+    for y in found:
+        assert torch.equal(y, expected)
+
+
+FOR_OTHER_SIZES = {F.dropout1d, F.dropout2d, F.dropout3d}
+
+
+def test_a_traced_pooling_says_which_function_it_is():
+    class Pools(nn.Module):
+        def forward(self, x):
+            return F.max_pool2d(x, 2), F.max_pool2d(x, 2, return_indices=True)
+
+    gm = torch.fx.symbolic_trace(Pools())
+    first, second = (n for n in gm.graph.nodes if n.op == "call_function")
+    assert ops.read(gm, first).op is vocabulary.max_pool2d
+    assert ops.read(gm, second) is None
+    x = f(1, 2, 6, 6)
+    assert torch.equal(gm(x)[0], F.max_pool2d(x, 2))

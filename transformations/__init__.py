@@ -32,6 +32,8 @@ from fxopt.transformations.make_out_of_place import MakeOutOfPlace
 from fxopt.transformations.merge_gate_up import MergeGateUp
 from fxopt.transformations.merge_linears import MergeLinears
 from fxopt.transformations.pack_weights import PackWeights
+from fxopt.transformations.prune_trees import PruneTrees
+from fxopt.transformations.prune_width import PruneWidth
 from fxopt.transformations.reorder_nodes import ReorderNodes
 from fxopt.transformations.sparsify_weights import SparsifyWeights
 from fxopt.transformations.swap_sparse import SwapSparse
@@ -64,6 +66,8 @@ __all__ = [
     "MergeGateUp",
     "MergeLinears",
     "PackWeights",
+    "PruneTrees",
+    "PruneWidth",
     "ReorderNodes",
     "ReversibleTransformation",
     "Rewrite",

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxopt.kernels import native
 from fxopt.kernels.registration import register
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
@@ -319,9 +320,26 @@ def _product_of_pixels(x: Tensor, weight: Tensor, bias: Tensor | None, other: Te
             _pack_on_repetition(weight, "1x1", lambda: _pack_linear(weight.flatten(1), False))
     else:
         y = _run_linear(x.permute(0, 2, 3, 1), packed.weight, bias, "none", [], "").permute(0, 3, 1, 2)
-    if other is not None:
+    if other is None:
+        y = _activate_(y, activation)
+    elif activation == "relu" and _alike(y, other):
+        _add_relu(native.address(y), native.address(other), y.numel(), *native.call_context())
+    else:
         y = y.add_(other) if other.shape == y.shape and other.dtype is y.dtype else y + other
-    return _activate_(y, activation).contiguous(memory_format=torch.channels_last)
+        y = _activate_(y, activation)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+_add_relu = native.function("fxopt_add_relu", [native.POINTER, native.POINTER, native.INT64, native.INT, native.INT])
+
+
+def _alike(y: Tensor, other: Tensor) -> bool:
+    """Whether the native kernel can add ``other`` to the fresh ``y``: both dense, in one order of their elements."""
+    if _add_relu is None or y.dtype is not torch.float32 or other.dtype is not torch.float32:
+        return False
+    if y.shape != other.shape or not (y.is_cpu and other.is_cpu):
+        return False
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, other))
 
 
 def _pack_convolution(

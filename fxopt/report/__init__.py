@@ -26,8 +26,8 @@ def report(what: Any, path: str | os.PathLike[str], title: str | None = None) ->
     Write a report of ``what`` to ``path``: one HTML file, to be opened in a browser.
 
     ``what``: the `Result` of a pipeline, what ``fxopt.optimize`` returned, a graph module with its history, what
-    ``fxopt optimize`` prints (`fxopt.frontend.Report`), or the `Difference` of two graphs.  Raises `UsageError` for
-    anything else, and where ``path`` cannot be written.
+    ``fxopt optimize`` prints (`fxopt.frontend.Report`), the `Difference` of two graphs, or a `Bisection`.  Raises
+    `UsageError` for anything else, and where ``path`` cannot be written.
     """
     from fxopt.report.page import page
 
@@ -54,6 +54,7 @@ def check_writable(target: Path, option: str = "report") -> None:
 
 
 def _subject(what: Any, title: str | None) -> Subject | Difference:
+    from fxopt.bisection import Bisection
     from fxopt.frontend import Report
     from fxopt.huggingface import Optimized
     from fxopt.report.data import Subject
@@ -64,6 +65,8 @@ def _subject(what: Any, title: str | None) -> Subject | Difference:
         return Subject(title or "fxopt", {"": (what.gm, what)}, (), what.verification, what.total)
     if isinstance(what, GraphModule):
         return Subject(title or type(what).__name__, {"": (what, None)})
+    if isinstance(what, Bisection) and what.gm is not None:
+        return Subject(title or what.summary, {"": (what.gm, what.result)}, what.facts)
     if isinstance(what, Report):
         graphs = {name: (result.gm, result) for name, result in what.results.items()}
         return Subject(title or what.name, graphs, what.facts, what.verification, what.comparison)
@@ -73,5 +76,5 @@ def _subject(what: Any, title: str | None) -> Subject | Difference:
         return Subject(title or type(what).__name__, found, [("eager from the start", note) for note in state.notes])
     raise UsageError(
         f"report was given a {type(what).__name__}, expected the Result of a pipeline, a graph module, "
-        "or what fxopt.optimize returned"
+        "a difference, a bisection, or what fxopt.optimize returned"
     )

@@ -34,7 +34,7 @@ class LayerReport:
         return self.kept / self.blocks
 
 
-_COLUMNS = ("layer", "weight", "blocks kept", "energy kept", "output error", "bytes", "speed", "")
+_COLUMNS = ("layer", "weight", "blocks kept", "energy kept", "error", "MB", "speed", "")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class SparsifyReport:
         return {"summary": self.summary, "layers": [asdict(layer) for layer in self.layers]}
 
     def __rich__(self) -> Table:
-        table = Table(*_COLUMNS, title=self.summary, title_justify="left")
+        table = Table(title=self.summary, title_justify="left")
+        for i, name in enumerate(_COLUMNS):
+            table.add_column(name, overflow="fold", no_wrap=0 < i < len(_COLUMNS) - 1)
         for layer in self.layers:
             table.add_row(*_cells(layer))
         return table
@@ -94,10 +96,10 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
     return (
         layer.path,
         f"{layer.shape[0]}×{layer.shape[1]}",
-        f"{layer.kept}/{layer.blocks} of {layer.block[0]}×{layer.block[1]}",
+        f"{layer.density:.3g} of {layer.block[0]}×{layer.block[1]}",
         f"{layer.energy:.1%}",
         "" if layer.error is None else f"{layer.error:.1%}",
-        f"{layer.bytes_before / 1e6:.2f} → {layer.bytes_after / 1e6:.2f} MB",
+        f"{layer.bytes_before / 1e6:.2f}→{layer.bytes_after / 1e6:.2f}",
         ", ".join(f"{r:.2f} × at {t}" for t, r in layer.speed.items()),
         layer.reason or layer.decision,
     )

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import fxopt
+from fxopt import frontend
 from fxopt.bisect import JOURNAL
 from fxopt.checks import ByScript
 from fxopt.delta import share
 from fxopt.errors import FxoptError, UsageError
+from fxopt.models import build
 from fxopt.repro import run
 from fxopt.transformation import Transformation
 from fxopt.transformations import EliminateDropout, FuseLinearReLU
@@ -166,6 +168,50 @@ def test_a_flaky_check_is_said():
     assert found.flaky and not found.found and "flaky" in found.summary and found.transformation is None
 
 
+def test_a_check_asked_several_times_contradicts_itself():
+    gm, inputs = captures.mlp()
+    answers = iter((True, True, True, False, False, True))
+    found = fxopt.bisect(gm, [Harmless("tanh.default")], lambda g: next(answers), inputs, repeat=3)
+    assert found.flaky and not found.found and len(found.probes) == 2
+    assert found.notes == ("the check gives several answers for the same graph: bad, bad, good (all)",)
+    steady = fxopt.bisect(gm, [Scale(7, 1.1)], example_inputs=inputs, repeat=2, confirm=False)
+    assert not steady.flaky and "tanh_7" in {*steady.rewrite.removed, *steady.rewrite.changed}
+
+
+def test_a_check_that_is_flaky_in_the_fresh_process_alone(tmp_path):
+    """Its answers never contradict each other while it bisects: it is asked of each graph once."""
+    gm, inputs = captures.mlp()
+    memory = str(tmp_path / "memory")
+
+    def check(graph):
+        from pathlib import Path
+
+        if not Path(memory).exists():
+            return not any(1.1 in n.args for n in graph.graph.nodes)
+        count = int(Path(memory).read_text() or 0)
+        Path(memory).write_text(str(count + 1))
+        return count % 2 == 0
+
+    def say(line):
+        if "fresh process" in line:
+            (tmp_path / "memory").touch()
+
+    found = fxopt.bisect(gm, [Scale(7, 1.1)], check, inputs, say=say)
+    assert found.flaky and not found.found and found.transformation is None, found
+    assert "several answers for the same graph: good, bad (before)" in found.notes[-1]
+
+
+@pytest.mark.parametrize("own", (False, True))
+@pytest.mark.parametrize("at", (0, 5, 11))
+def test_the_bound_holds_for_every_kind_of_check(own, at):
+    gm, inputs = captures.mlp()
+    steps = [Harmless("cat.default"), Harmless("mean.dim"), Scale(at, 1.1), Harmless("relu.default")]
+    check = (lambda g: not any(1.1 in n.args for n in g.graph.nodes)) if own else "outputs"
+    found = fxopt.bisect(gm, steps, check, inputs, confirm=False)
+    assert found.transformation == steps[2] and not found.interacting
+    assert len(found.probes) <= 2 + 4 + 3, found
+
+
 def test_what_hides_a_failure_is_said():
     gm, inputs = captures.mlp()
     steps = [Harmless("cat.default"), Scale(7, 2.0), Harmless("relu.default"), Unscale(2.0), Harmless("mean.dim")]
@@ -206,18 +252,63 @@ def test_a_check_of_ones_own_may_raise_or_not_know():
             raise ValueError("oops")
         return None if any(name.startswith("cat_default_2") for name in names) else True
 
-    found = fxopt.bisect(gm, [Harmless("cat.default")], check)
-    assert found.failure.kind == "raised ValueError" and not found.found
-    assert [p.verdict for p in found.probes].count("skip") == len(found.suspects) - 1 == 2
+    found = fxopt.bisect(gm, [Harmless("cat.default")], check, confirm=False)
+    assert found.failure.kind == "raised ValueError", found  # the skipped ones are left out
+    assert found.rewrite.created == ("cat_default_4",) and "skip" in [p.verdict for p in found.probes]
+    assert any("some graphs could not be judged" in n for n in found.notes)
 
     def by_name(graph):
         return not any(n.name == "cat_default_4" for n in graph.graph.nodes)
 
     found = fxopt.bisect(gm, [Harmless("cat.default")], by_name)
-    assert found.rewrite.created == ("cat_default_4",) and not found.found
-    assert found.notes == ("no reproducer: without example_inputs there is nothing to run before and after on",)
-    found = fxopt.bisect(gm, [Harmless("cat.default")], by_name, captures.mlp()[1])
-    assert "the check is your own, and before and after compute the same" in found.notes[0]
+    assert found.rewrite.created == ("cat_default_4",) and found.found and found.repro.whole, found
+    found = fxopt.bisect(gm, [Harmless("cat.default")], by_name, captures.mlp()[1], confirm=False)
+    assert found.repro.size == (1, 1), found
+
+
+def test_a_check_that_no_other_process_can_ask():
+    """It is asked again here, and the fresh process compares values; where these are equal, nothing is found."""
+    gm, inputs = captures.mlp()
+    asked = []
+
+    def check(graph):
+        asked.append(graph)
+        return verify(gm, graph, inputs).ok
+
+    found = fxopt.bisect(gm, [Harmless("cat.default"), Scale(7, 1.1)], check, inputs)
+    assert found.found and found.repro.size[0] <= 2, found
+    assert "which cannot be written as source): it was asked again here" in found.notes[-1]
+    assert len(asked) == len(found.probes) + 4  # of both graphs twice
+
+    names = {n.name for n in gm.graph.nodes}
+    found = fxopt.bisect(
+        gm, [Harmless("tanh.default")], lambda g: gm is None or {n.name for n in g.graph.nodes} >= names - {"tanh_5"}
+    )
+    assert not found.found and "without example_inputs there is nothing to run" in found.notes[0], found
+    assert "put the check into a module" in found.notes[0]
+
+
+LIMIT = 1e-3
+
+
+def test_a_check_is_asked_in_the_fresh_process(tmp_path):
+    """With what it refers to, down to the tensors around it; the folder tells of a mended graph too."""
+    gm, (x,) = captures.mlp()
+    expected = gm(x)[0].detach()
+
+    def check(graph):
+        return bool((graph(x)[0] - expected).abs().max() < LIMIT)
+
+    found = fxopt.bisect(gm, [Harmless("cat.default"), Scale(7, 1.1)], check, (x,))
+    assert found.found and found.repro.whole and not found.notes, found
+    folder = found.repro.save(tmp_path / "repro")
+    assert {"bisected.py", "bisected.safetensors", "report.html"} <= {p.name for p in folder.iterdir()}
+    text = (folder / "bisected.py").read_text()
+    assert "LIMIT = 0.001" in text and "expected = TENSORS['expected']" in text
+    assert run(folder).stdout.splitlines() == ["the check says bad", "the failure shows again"]
+    (folder / "after.json").write_text((folder / "before.json").read_text())
+    (folder / "after.safetensors").write_bytes((folder / "before.safetensors").read_bytes())
+    assert run(folder).returncode == 0
 
 
 def test_the_original_has_to_pass():
@@ -234,12 +325,39 @@ def test_the_original_has_to_pass():
         ({"check": "output"}, "check is 'output', expected one of outputs, nan, crash, slower"),
         ({"example_inputs": None}, "give example_inputs"),
         ({"resume": True}, "give directory"),
+        ({"example_inputs": 3}, "an input set is a tuple, a dict"),
+        ({"example_inputs": []}, "empty list"),
+        ({"example_inputs": (torch.randn(3, 3),)}, "the original itself fails on the given input set"),
+        ({"example_inputs": {"y": torch.randn(6, 16)}}, "the original itself fails"),
+        ({"rtol": "x"}, "rtol is 'x', expected a number"),
+        ({"rtol": -1}, "rtol is -1, expected a number"),
+        ({"atol": float("nan")}, "atol is nan"),
+        ({"directory": __file__}, "was given the folder .* which cannot be made"),
+        ({"directory": 3}, "was given the folder 3, which cannot be made"),
+        ({"repeat": 0}, "repeat=0, expected how often"),
     ),
 )
 def test_wrong_arguments(arguments, message):
     gm, inputs = captures.mlp()
     with pytest.raises(UsageError, match=message):
         fxopt.bisect(gm, [Harmless("tanh.default")], **{"example_inputs": inputs, **arguments})
+
+
+@pytest.mark.parametrize("inputs", ((torch.randn(3, 3),), {"y": torch.randn(4, 8)}))
+@pytest.mark.parametrize("check", ("outputs", lambda graph: True))
+def test_inputs_that_a_traced_graph_does_not_take(check, inputs):
+    """It has no shapes yet, and is run to get them."""
+    gm = torch.fx.symbolic_trace(Block())
+    with pytest.raises(UsageError, match=r"the graph does not run on the example_inputs .*it takes x") as raised:
+        fxopt.bisect(gm, [FuseLinearReLU()], check, inputs)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_limit_is_not_dropped():
+    gm, inputs = captures.mlp()
+    steps = fxopt.compose(EliminateDropout(), Harmless("tanh.default"), limit="EliminateDropout")
+    with pytest.raises(UsageError, match="a pipeline with a limit; give the passes up to it"):
+        fxopt.bisect(gm, steps, example_inputs=inputs)
 
 
 def test_a_model_needs_inputs():
@@ -261,16 +379,51 @@ def test_it_goes_on_from_its_journal(tmp_path):
     whole = fxopt.bisect(gm, steps, check, inputs, directory=tmp_path, confirm=False)
     count = len(asked)
     lines = (tmp_path / JOURNAL).read_text().splitlines()
+    count -= 4  # what is asked for the reproducer is no probe
     assert len(lines) == count + 1 and json.loads(lines[0])["pipeline"] == [s.signature for s in steps]
     (tmp_path / JOURNAL).write_text("\n".join(lines[:4]) + "\n")
     again = fxopt.bisect(gm, steps, check, inputs, directory=tmp_path, resume=True, confirm=False)
-    assert len(asked) == 2 * count - 3
+    assert len(asked) == 2 * (count + 4) - 3
     assert again.rewrite.id == whole.rewrite.id and [p.resumed for p in again.probes] == [True] * 3 + [False] * (
         count - 3
     )
     with pytest.raises(UsageError, match="is of another bisection"):
         fxopt.bisect(gm, steps[1:], check, inputs, directory=tmp_path, resume=True)
+    with pytest.raises(UsageError, match="its check, code of the check differs"):
+        fxopt.bisect(gm, steps, lambda g: True, inputs, directory=tmp_path, resume=True)
     assert {p.name for p in tmp_path.iterdir()} == {JOURNAL}
+
+
+@pytest.mark.parametrize("edited", ("check", "pass"))
+def test_a_journal_is_of_the_code_that_answered(tmp_path, edited):
+    """The same names with other code are another bisection; the same code is not."""
+    gm, inputs = captures.mlp()
+
+    def bisect(by, resume, limit=0.5):
+        def check(graph):
+            return sum(1.1 in n.args for n in calls(graph, "mul.Tensor")) < limit
+
+        class Named(Scale):
+            def transform(self, graph_module):
+                Scale(7, by).transform(graph_module)
+
+        return fxopt.bisect(gm, [Named(7, 1.1)], check, inputs, directory=tmp_path, resume=resume, confirm=False)
+
+    whole = bisect(1.1, resume=False)
+    again = bisect(1.1, resume=True)
+    assert all(p.resumed for p in again.probes) and again.rewrite.id == whole.rewrite.id
+    with pytest.raises(UsageError, match=f"its code of the {edited}"):
+        bisect(1.1 if edited == "check" else 1.2, resume=True, limit=0.7 if edited == "check" else 0.5)
+
+
+def test_a_script_s_files_are_part_of_it(tmp_path):
+    gm, inputs = captures.mlp()
+    script = tmp_path / "judge.sh"
+    script.write_text("exit 0")
+    before = ByScript(f"sh {script}", gm, inputs).about()
+    assert ByScript(f"sh {script}", gm, inputs).about() == before
+    script.write_text("exit 1")
+    assert ByScript(f"sh {script}", gm, inputs).about() != before
 
 
 def test_the_result_is_shown_and_read(tmp_path):
@@ -308,6 +461,7 @@ def test_the_limits_lead_to_the_last_good_and_the_first_bad():
 
 
 def test_a_pass_that_writes_in_place_is_the_culprit():
+    """It stands in no module: the reproducer has its source."""
     gm, inputs = captures.mlp()
 
     class Writes(Transformation):
@@ -317,8 +471,66 @@ def test_a_pass_that_writes_in_place_is_the_culprit():
 
     before = next(gm.parameters()).clone()
     found = fxopt.bisect(gm, [Harmless("cat.default"), Writes()], example_inputs=inputs)
-    assert found.transformation.signature.endswith("Writes()") and found.rewrite is None and not found.found
-    assert "cannot be imported in another process" in found.notes[0] and torch.equal(next(gm.parameters()), before)
+    assert found.transformation.signature.endswith("Writes()") and found.rewrite is None and found.found, found
+    assert torch.equal(next(gm.parameters()), before)
+
+
+def test_a_pass_that_raises(tmp_path):
+    """What comes before it is judged; the folder has a report; `fxopt.report` writes the bisection up."""
+    gm, inputs = captures.mlp()
+
+    def raises(graph_module):
+        raise KeyError(calls(graph_module, "tanh.default")[0].name)
+
+    found = fxopt.bisect(gm, [Harmless("cat.default"), raises, Scale(7, 1.1)], example_inputs=inputs)
+    assert found.found and found.last_good == "Harmless" and found.first_bad == "raises", found
+    assert [(p.what, p.verdict) for p in found.probes] == [("the original", "good"), ("all before raises", "good")]
+    folder = found.repro.save(tmp_path / "repro")
+    assert "KeyError" in (folder / "report.html").read_text() and "def raises" in (folder / "bisected.py").read_text()
+    assert "KeyError" in fxopt.report(found, tmp_path / "all.html").read_text()
+
+    late = fxopt.bisect(gm, [Scale(7, 1.1), raises], example_inputs=inputs, confirm=False)
+    assert late.transformation.signature.endswith("raises") and late.last_good is None and not late.found
+    assert "what comes before it is not good either: output[" in late.notes[0]
+    assert late.notes[0].endswith("bisect the passes before raises")
+
+
+class NaN(Transformation):
+    """NaN where Scale has changed the values already: the same output, another failure."""
+
+    def transform(self, graph_module):
+        for i, node in enumerate(calls(graph_module, "tanh.default")):
+            if i == 9:
+                swap(graph_module, node, node.args[0], target=aten.acosh.default)
+
+
+def test_two_defects_at_one_output():
+    """The first hides the second wherever both could be looked for in order: the suspects are asked without it."""
+    gm, inputs = captures.mlp()
+    steps = [Harmless("cat.default"), Scale(3, 1.5), Harmless("relu.default"), NaN()]
+    found = fxopt.bisect(gm, steps, example_inputs=inputs, confirm=False)
+    assert found.failure.kind == "not finite" and not found.repro.whole, found
+    assert found.transformation is steps[3] and not found.interacting and not found.suspects
+    assert found.last_good == "Scale:1-3" and found.first_bad == "NaN:1"
+    assert "something else is wrong too: with limit='Scale:" in found.notes[0]
+    assert "bisect the passes up to there" in found.notes[0]
+    assert len(found.probes) <= 22  # of 37 rewrites, most of which cannot be judged in order
+
+
+class Shifted(Transformation):
+    """Another weight in the place of one: no node changes."""
+
+    def transform(self, graph_module):
+        layer = graph_module.get_submodule("layers.5")
+        layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.1)
+
+
+def test_a_rewrite_of_nothing_but_a_weight():
+    gm, inputs = captures.mlp()
+    found = fxopt.bisect(gm, [Harmless("cat.default"), Shifted()], example_inputs=inputs)
+    assert found.found and found.rewrite.summary == "tensors: 1 changed" and found.repro.size == (1, 1), found
+    assert found.rewrite.source.endswith("h = F.relu(layer(x)) * gain")
+    assert "tensors: 1 changed" in repr(found) and "tensors: 1 changed" in repr(found.rewrite)
 
 
 SCRIPT = """
@@ -365,6 +577,31 @@ def test_a_bisection_by_script_is_confirmed_by_it():
     found = fxopt.bisect(gm, [Harmless("cat.default"), Scale(4, 1.1)], ByScript(command, gm, inputs), inputs)
     assert found.found and found.transformation == Scale(4, 1.1), found
     assert "tanh_4" in {*found.rewrite.removed, *found.rewrite.changed}
+    assert found.repro.size == (1, 2) and not found.repro.whole  # it says the same of the smallest part
+
+
+GENERAL = """
+import os, sys
+from pathlib import Path
+from safetensors.torch import load_file
+import fxopt
+folder = Path(os.environ["FXOPT_GRAPH"])
+gm = fxopt.load(folder)
+results = gm(**load_file(folder / "inputs.safetensors"))
+sys.exit(any(r.isnan().any().item() for r in results if r.is_floating_point()))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_s_reproducer_is_cut_too(tmp_path, monkeypatch):
+    """Where the script takes any graph with its inputs, the smallest part of which it says the same."""
+    monkeypatch.setenv("PYTHONPATH", str(captures.__file__).rpartition("/tests/")[0])
+    gm, inputs = captures.mlp()
+    (tmp_path / "judge.py").write_text(GENERAL)
+    command = f"{sys.executable} {tmp_path / 'judge.py'}"
+    found = fxopt.bisect(gm, [NaN()], ByScript(command, gm, inputs), inputs)
+    assert found.found and found.repro.size == (1, 1) and not found.repro.whole, found
+    assert (found.repro.save(tmp_path / "repro") / "report.html").exists()
 
 
 def test_the_reproducer_runs_from_anywhere(tmp_path):
@@ -441,3 +678,34 @@ def test_modules_in_a_traced_graph():
     found = fxopt.bisect(gm, [Norms()], example_inputs=(torch.randn(4, 8),))
     assert found.found and found.rewrite.module_path == "5.norm", found
     assert found.hints[0] == "layer_norm eps 1e-05 → 0.1" and found.repro.size == (1, 1)
+    assert found.rewrite.source.endswith("return x + torch.nn.functional.relu(self.fc(self.norm(x)))")
+
+
+def faster_gelu(graph_module):
+    for node in calls(graph_module, "gelu.default"):
+        node.kwargs = {"approximate": "tanh"}
+
+
+@dataclass(frozen=True)
+class FasterGELU(Transformation):
+    """An approximation, which the tolerance below does not allow."""
+
+    def transform(self, graph_module):
+        faster_gelu(graph_module)
+
+
+def test_what_fails_by_hand_is_kept_saved_and_loaded(tmp_path):
+    """`fxopt optimize --limit FIRST_BAD --save`: not quietly saved without the pass that fails."""
+    model = build("bert-base-tiny")
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6) + 5, "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    passes = f"{__name__}:FasterGELU"
+    found = frontend.optimize(model, inputs, passes=passes, rtol=0, atol=1e-7, benchmarked=False, limit="FasterGELU:1")
+    assert not found.ok and found.failed == ("forward: FasterGELU() was kept, though it fails",)
+    assert [s.kept for s in found.results["forward"].steps] == [True]
+    found.save(tmp_path)
+    loaded = fxopt.load(tmp_path)
+    assert fxopt.history(loaded.fxopt.graphs["forward"])[0].signature == "FasterGELU()"
+    with pytest.raises(UsageError, match=r"asks for rewrite 9 of FasterGELU\(\), which makes 2 in forward"):
+        frontend.optimize(model, inputs, passes=passes, benchmarked=False, limit="FasterGELU:9")
+    left_out = frontend.optimize(model, inputs, passes=passes, rtol=0, atol=1e-7, benchmarked=False)
+    assert "was left out: undone: " in left_out.failed[0]

@@ -44,6 +44,21 @@ def test_halving_keeps_what_it_was_told(verdicts):
     assert all(asked[k] == "skip" for k in range(low + 1, high))
 
 
+@given(st.integers(1, 12), st.lists(st.sampled_from("gbs"), max_size=40))
+def test_halving_loses_patience(patience, verdicts):
+    told = dict(enumerate(verdicts, 1))
+    asked = []
+
+    def ask(k):
+        asked.append({"g": "good", "b": "bad", "s": "skip"}[told[k]])
+        return asked[-1]
+
+    low, high = halve(0, len(verdicts) + 1, ask, patience)
+    assert "".join(v[0] for v in asked).count("s" * (patience + 1)) == 0
+    if high - low > 1:
+        assert asked[-patience:] == ["skip"] * patience or all(told[k] == "s" for k in range(low + 1, high))
+
+
 @st.composite
 def culprits(draw):
     count = draw(st.integers(1, 24))

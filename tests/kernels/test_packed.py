@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.library import opcheck
 
-from fxopt.kernels import packed
+from fxopt.kernels import native, packed
 
 pytestmark = pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")
 
@@ -357,3 +357,32 @@ def test_wrong_arguments_say_what_torch_says():
         linear(torch.randn(3, 23), weight, bias)
     with torch.no_grad(), pytest.raises(ValueError, match="activation='swish' was given; it is one of none, relu"):
         linear(torch.randn(3, 24), weight, bias, "swish")
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.why_not()}")
+@pytest.mark.parametrize("threads", (1, 2, 3))
+@pytest.mark.parametrize("size", (1, 7, 16, 1003, 4096))
+def test_the_native_sum_and_relu_are_torchs(size, threads):
+    y, other = torch.randn(2, size)
+    for i, value in enumerate((float("nan"), float("inf"), -float("inf"), 0.0, -1.0)):
+        y[i * 211 % size] = value
+    expected = torch.relu(y + other)
+    best = native.ISAS.index(native.isa())
+    for isa in range(best + 1):
+        found = y.clone()
+        packed._add_relu(native.address(found), native.address(other), size, isa, threads)
+        assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) and torch.equal(found.isnan(), expected.isnan())
+
+
+def test_a_residual_block_ends_as_in_torch_whatever_the_layouts():
+    weight, bias = torch.randn(6, 4, 1, 1), torch.randn(6)
+    for x_format in (torch.contiguous_format, torch.channels_last):
+        for other_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 4, 5, 5).contiguous(memory_format=x_format)
+            other = torch.randn(2, 6, 5, 5).contiguous(memory_format=other_format)
+            other[0, 0, 0, 0], before = float("nan"), other.clone()
+            before[0, 0, 0, 0] = float("nan")
+            for _ in range(4):
+                y = torch.ops.fxopt.packed_conv2d(x, weight, bias, other, [1, 1], [0, 0], [1, 1], 1, "relu")
+                torch.testing.assert_close(y, torch.relu(F.conv2d(x, weight, bias) + before), equal_nan=True)
+                torch.testing.assert_close(other, before, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,83 @@
+"""Linear layers in the place of trees, fitted to what the trees compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxopt.errors import UsageError
+from fxopt.pruning.calibration import Calibration
+from fxopt.pruning.patched import Values
+from fxopt.transformations._removal import stride_of
+from fxopt.transformations._trees import out_of_place
+from fxopt.transformations.prune_trees import Fit, PruningTree
+
+
+def fit(gm: GraphModule, tree: PruningTree, data: Calibration, ridge: float = 1e-2) -> Fit:
+    """
+    The linear layer, with bias, that comes nearest to ``tree`` on ``data``: least squares with a ridge penalty.
+
+    Of a tree whose input and output have one size, the penalty is on the difference from the identity, else on the
+    weight; ``ridge`` is relative to the mean square of the inputs.  In float64.  For images (batch, channels, height,
+    width) it mixes channels; for all else the last axis.
+    """
+    return fits(gm, [tree], data, ridge)[0]
+
+
+def fits(gm: GraphModule, trees: Sequence[PruningTree], data: Calibration, ridge: float = 1e-2) -> list[Fit]:
+    """`fit` for several trees of one graph, each as if it alone went; in one run over the data."""
+    wrong = next((t for t in trees if t.kind in ("heads", "cat") or t.graph), None)
+    if wrong is not None:
+        raise UsageError(f"{wrong.id} is a tree of kind {wrong.kind}, which no linear layer can replace; leave it out")
+    source = out_of_place(gm)
+    sums: list[_Sums | None] = [None] * len(trees)
+    wanted = {n for t in trees for n in (t.entry, t.exit)}
+    for batch in data.batches:
+        runner = Values(source, wanted)
+        with torch.no_grad():
+            runner.run_batch(batch)
+        for i, tree in enumerate(trees):
+            x, y = _rows(runner.found[tree.entry], runner.found[tree.exit], tree)
+            sums[i] = found = sums[i] or _Sums(x.shape[1], y.shape[1])
+            found.add(x, y)
+    return [s.solve(t.id, ridge) for s, t in zip(sums, trees, strict=True) if s is not None]
+
+
+def _rows(x: Tensor, y: Tensor, tree: PruningTree) -> tuple[Tensor, Tensor]:
+    if not (stride := stride_of(x, y)):
+        if x.shape[:-1] != y.shape[:-1]:
+            raise UsageError(f"{tree.id} goes from {tuple(x.shape)} to {tuple(y.shape)}, which no linear layer does")
+        return x.reshape(-1, x.shape[-1]).double(), y.reshape(-1, y.shape[-1]).double()
+    x = x[:, :, ::stride, ::stride]
+    return x.movedim(1, -1).reshape(-1, x.shape[1]).double(), y.movedim(1, -1).reshape(-1, y.shape[1]).double()
+
+
+class _Sums:
+    """The moments that least squares needs."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.count = 0
+        self.x, self.y = torch.zeros(inputs, dtype=torch.float64), torch.zeros(outputs, dtype=torch.float64)
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        self.count += len(x)
+        self.x += x.sum(0).cpu()
+        self.y += y.sum(0).cpu()
+        self.xx += (x.T @ x).cpu()
+        self.xy += (x.T @ y).cpu()
+
+    def solve(self, tree: str, ridge: float) -> Fit:
+        n = self.count
+        xx = self.xx / n - torch.outer(self.x, self.x) / n**2
+        xy = self.xy / n - torch.outer(self.x, self.y) / n**2
+        penalty = ridge * xx.diagonal().mean().clamp(min=1e-12)
+        prior = torch.eye(len(self.x), dtype=torch.float64) if xx.shape == xy.shape else torch.zeros_like(xy)
+        penalised = xx + penalty * torch.eye(len(self.x), dtype=torch.float64)
+        weight = torch.linalg.solve(penalised, xy + penalty * prior)
+        bias = self.y / n - self.x / n @ weight
+        return Fit(tree, weight.T.float().contiguous(), bias.float())

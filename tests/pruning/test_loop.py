@@ -1,0 +1,202 @@
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import fxopt.pruning as P
+from fxopt import models
+from fxopt.capture import capture
+from fxopt.errors import UsageError
+from fxopt.history import history
+from fxopt.inputs import example_inputs
+from fxopt.pruning.config import PruneConfig, run
+from fxopt.store import load
+from tests.transformations.test_prune_trees import Model, X, state
+
+
+@pytest.fixture
+def gm():
+    return capture(Model(2), (X,))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return P.Calibration.of([torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+
+
+class TestLoop:
+    def test_until_a_sparsity_and_all_the_way_back(self, gm, data):
+        before, out = state(gm), gm(X)
+        found = P.prune(gm, data, target_sparsity=0.3)
+        assert found.sparsity >= 0.3 and found.parameters == sum(p.numel() for p in gm.parameters())
+        assert len(found.removed) == len(history(gm)) and found.iterations[-1].loss > found.dense_loss == 0
+        for tree in found.removed[::-1]:
+            found.restore(tree)
+        assert state(gm) == before and torch.equal(gm(X), out)
+
+    def test_the_first_one_comes_back_alone(self, gm, data):
+        found = P.prune(gm, data, count_trees=3, by="block_influence")
+        other = capture(Model(2), (X,))
+        P.PruneTrees(found.removed[1:])(other)
+        found.restore(found.removed[0])
+        assert torch.equal(gm(X), other(X))
+        with pytest.raises(UsageError, match="was not pruned"):
+            found.restore(found.removed[0])
+
+    def test_greedy_takes_the_cheapest(self, gm, data):
+        known = P.trees(gm).of_kind("branch")
+        deltas = P.score(gm, known, "loss_delta", data)
+        found = P.prune(gm, data, count_trees=1, by="greedy", kinds=("branch",))
+        assert found.removed == (min(deltas, key=deltas.get),)
+
+    def test_a_fit_is_nearer_than_nothing_in_its_place(self, data):
+        losses = []
+        for fit in (False, True):
+            gm = capture(Model(2), (X,))
+            losses.append(
+                P.prune(gm, data, count_trees=2, by="magnitude", kinds=("branch",), fit=fit).iterations[-1].loss
+            )
+        assert losses[1] < losses[0]
+
+    def test_nothing_to_prune_is_said(self, data):
+        gm = capture(nn.Linear(5, 3), (X,))
+        found = P.prune(gm, data, count_trees=1, by="magnitude")
+        assert not found.removed and "no tree was removed" in repr(found)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        (
+            ({}, "give one of target_sparsity"),
+            ({"target_sparsity": 0.1, "count_trees": 2}, "give one of target_sparsity"),
+            ({"target_sparsity": 1.5}, "no share"),
+            ({"count_trees": 1, "by": "x"}, "is not known"),
+        ),
+    )
+    def test_wrong_arguments(self, gm, data, options, said):
+        with pytest.raises(UsageError, match=said):
+            P.prune(gm, data, **options)
+
+    def test_greedy_without_data_and_shared_data_are_refused(self, gm, data):
+        with pytest.raises(UsageError, match="give calibration data"):
+            P.prune(gm, count_trees=1)
+        with pytest.raises(UsageError, match="rows of the evaluation"):
+            P.prune(gm, data, count_trees=1, evaluation=data)
+
+    def test_the_rankings(self, gm, data, tmp_path):
+        found = P.prune(gm, data, count_trees=2, by="taylor")
+        found.write(tmp_path / "scores.csv")
+        rows = list(csv.DictReader((tmp_path / "scores_1.csv").open()))
+        assert [r["rank"] for r in rows] == [str(i + 1) for i in range(len(rows))]
+        values = [float(r["importance"]) for r in rows if r["importance"] != "nan"]
+        assert values == sorted(values)
+        assert [r["pruning_tree"] for r in rows if r["pruned"] == "True"] == [found.removed[1]]
+        told = json.loads((tmp_path / "scores_0.json").read_text())
+        assert told["removed"] == [found.removed[0]]
+
+
+class TestSaving:
+    def test_the_pruned_work_is_gone_from_what_is_written(self, tmp_path):
+        model = models.build("gpt2-tiny")
+        model.config.use_cache = False
+        inputs = example_inputs(model, 2, 8)
+        gm = capture(model, inputs)
+
+        def products(graph):
+            return sum(n.op_type in ("MatMul", "Gemm") for n in graph.node)
+
+        batch = P.Batch(inputs)
+        P.save_pruned(gm, tmp_path / "dense", batch, ("onnx",))
+        attention = next(t for t in P.trees(gm) if t.kind == "branch" and "c_attn" in t.root)
+        P.PruneTrees((attention,))(gm)
+        P.save_pruned(gm, tmp_path / "pruned", batch, ("fxopt", "pt2", "onnx"))
+        dense, pruned = (onnx.load(tmp_path / n / "model.onnx").graph for n in ("dense", "pruned"))
+        assert products(pruned) <= products(dense) - 4  # two projections, and the two products of attention
+        program = torch.export.load(tmp_path / "pruned" / "model.pt2")
+        called = [str(n.target) for n in program.graph.nodes]
+        assert sum("addmm" in c for c in called) == 6 and sum("scaled_dot" in c for c in called) == 1
+        assert not any(p in program.state_dict for p in attention.parameters)
+        torch.testing.assert_close(program.module()(**inputs)["logits"], gm(**inputs)["logits"])
+        again = load(tmp_path / "pruned" / "model")
+        history(again).undo(0)
+        assert torch.equal(again(**inputs)["logits"], capture(model, inputs)(**inputs)["logits"])
+
+    def test_wrong_formats(self, gm, tmp_path):
+        with pytest.raises(UsageError, match="format 'x'"):
+            P.save_pruned(gm, tmp_path, formats=("x",))
+        with pytest.raises(UsageError, match="example inputs"):
+            P.save_pruned(gm, tmp_path, formats=("pt2",))
+
+
+class TestConfiguration:
+    def test_a_file_from_end_to_end(self, tmp_path):
+        (tmp_path / "prune.toml").write_text(
+            f"""
+            MODEL = "gpt2-tiny"
+            PRUNING_ITERATIONS = 2
+            SCORE = "block_influence"
+            IMPORTANCES_SAVE_PATH = "{tmp_path}/importances.csv"
+            PRUNED_MODEL_SAVE_DIR = "{tmp_path}/model"
+            EVALUATE = true
+            EVAL_RESULTS_PATH = "{tmp_path}/results.csv"
+            exclude = ["h.0"]
+            """
+        )
+        found = run(PruneConfig.read(tmp_path / "prune.toml"), say=lambda line: None)
+        assert len(found.pruned.removed) == 2
+        assert not any("h.0" in t.module for t in found.pruned.iterations[0].trees)
+        assert {p.name for p in tmp_path.iterdir()} >= {
+            "importances_0.csv",
+            "importances_1.json",
+            "results.csv",
+            "model",
+        }
+        assert found.before["distance"] == 0 < found.after["distance"]
+        assert len(history(load(tmp_path / "model" / "model"))) == 2
+
+    @pytest.mark.parametrize(
+        ("said", "field"),
+        (
+            ({}, "model"),
+            ({"model": "mlp-tiny"}, "target_sparsity"),
+            ({"model": "mlp-tiny", "target_sparsity": "x"}, "target_sparsity = 'x' is no number"),
+            ({"model": "mlp-tiny", "target_sparsity": 2}, "target_sparsity"),
+            ({"model": "mlp-tiny", "target_sparsty": 0.5}, "did you mean target_sparsity"),
+            ({"model": "mlp-tiny", "pruning_iterations": 1.5}, "pruning_iterations = 1.5 is no whole number"),
+            ({"model": "mlp-tiny", "pruning_iterations": 1, "score": "x"}, "score = 'x'"),
+            ({"model": "mlp-tiny", "pruning_iterations": 1, "types": ["x"]}, "types = 'x'"),
+            ({"model": "mlp-tiny", "pruning_iterations": 1, "exclude": [1]}, "exclude"),
+            ({"model": "mlp-tiny", "pruning_iterations": 1, "eval_results_path": "x.csv"}, "eval_results_path"),
+        ),
+    )
+    def test_a_wrong_field_is_named_in_one_line(self, said, field):
+        with pytest.raises(UsageError) as caught:
+            PruneConfig.of(said)
+        assert field in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_any_function_evaluates(self):
+        config = PruneConfig("mlp-tiny", pruning_iterations=1, score="magnitude", evaluate=True)
+
+        def nodes(gm):
+            return len(gm.graph.nodes)
+
+        found = run(config, nodes, say=lambda line: None)
+        assert found.after["nodes"] < found.before["nodes"] and math.isfinite(found.before["nodes"])
+
+    def test_the_command_line(self, tmp_path):
+        def fxopt(*args):
+            return subprocess.run([sys.executable, "-m", "fxopt", "prune", *args], capture_output=True, text=True)
+
+        listed = fxopt("mlp-tiny", "--list", "--picture", str(tmp_path / "trees.svg"))
+        assert listed.returncode == 0 and "pruning trees" in listed.stdout
+        assert (tmp_path / "trees.svg").read_text().startswith("<svg")
+        done = fxopt("mlp-tiny", "--iterations", "1", "--score", "taylor", "--save", str(tmp_path / "m"))
+        assert done.returncode == 0 and "1 trees removed" in done.stdout, done.stderr
+        for wrong in (("mlp-tiny", "--target", "3"), ("nothing.toml",), ("mlp-tiny",)):
+            failed = fxopt(*wrong)
+            assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
