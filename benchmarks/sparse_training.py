@@ -87,7 +87,7 @@ class CausalBlock(nn.Module):
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def digits(steps: int = 20, side: int = 64, batch: int = 16) -> tuple[nn.Module, Batches, float]:
+def digits(steps: int = 8, side: int = 64, batch: int = 16) -> tuple[nn.Module, Batches, float]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
