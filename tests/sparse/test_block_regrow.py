@@ -179,9 +179,9 @@ def test_training_is_masked_dense_training():
 
 
 @pytest.mark.slow
-def test_regrowing_learns_what_fixed_blocks_do():
+def test_regrowing_learns_more_than_fixed_blocks():
     found = {}
-    for every in (None, 2):
+    for every in (None, 4):
         torch.manual_seed(0)
-        found[every] = fit(classifier(0.15), 20, every)[1]
-    assert found[2] > found[None] - 0.02 and found[2] > 0.85, found
+        found[every] = fit(classifier(0.15), 40, every)[1]
+    assert found[4] > found[None] and found[4] > 0.85, found
