@@ -1,5 +1,6 @@
 """Builds the native kernels; all else about the package is declared in setup.cfg."""
 
+import itertools
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ class BuildKernels(build_ext):
     """Compiles C as C and C++ as C++17, with OpenMP where the compiler has it."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one extension, its sources side by side; what fails is reported, and the package is installed without it (`optional`)."""
+        """Build one extension, source beside source; where that fails the package is installed without (`optional`)."""
         if self.compiler.compiler_type != "unix":
             raise CompileError("the kernels use the vector extensions of GCC and clang; fxopt runs without them")
         if self._has("-fopenmp"):
@@ -33,7 +34,8 @@ class BuildKernels(build_ext):
 
         def compile_together(sources, *args, **kwargs):  # type: ignore[no-untyped-def]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return sum(pool.map(lambda source: compile_all([source], *args, **kwargs), sources), [])
+                objects = pool.map(lambda source: compile_all([source], *args, **kwargs), sources)
+                return list(itertools.chain.from_iterable(objects))
 
         self.compiler._compile, self.compiler.compile = compile_by_language, compile_together
         try:

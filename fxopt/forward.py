@@ -27,10 +27,10 @@ def quicken(gm: GraphModule) -> None:
     compiling the code once more.
     """
     kind = type(gm)
+    source = gm.code  # asked first: a lazy graph module, as Dynamo makes them, has no forward of its own before
     plain = vars(kind).get("forward")
     if plain is None or hasattr(plain, "plain_forward"):
         return
-    source = gm.code
     direct: Callable[..., Any] | None = None
 
     @functools.wraps(plain)

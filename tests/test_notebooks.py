@@ -32,7 +32,12 @@ def test_the_outputs_that_are_kept_are_clean(name):
     assert "site-packages" not in str(outputs)
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+LONG = ("05_sparse_training.ipynb", "06_block_sparse.ipynb", "07_graph_pruning.ipynb")  # train something
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NOTEBOOKS], ids=lambda n: n
+)
 def test_notebook_runs(name):
     notebook = nbformat.read(FOLDER / name, as_version=4)
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})

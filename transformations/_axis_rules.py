@@ -207,7 +207,7 @@ def _batch_norm(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
 @_rule(words.layer_norm, words.rms_norm, words.fused_rms_norm)
 def _layer_norm(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     x = axes.parameter(a["x"] if "x" in a else a["input"])
-    if x is None or len(a.get("normalized_shape", (0,))) != 1:
+    if not x or len(a.get("normalized_shape", (0,))) != 1:
         return None
     for name in ("weight", "bias"):
         if (own := axes.parameter(a.get(name))) is not None:

@@ -212,6 +212,7 @@ def test_graphs_inside_the_graph():
     assert torch.equal(gm(*X), expected)
 
 
+@pytest.mark.slow
 def test_captured_models():
     applies(CSE, "bert", 1)  # the mask's index over keys repeats that over queries: arange, +0, two unsqueeze
     applies(CSE, "gpt2", 2)  # the same twice, and the positions expanded twice

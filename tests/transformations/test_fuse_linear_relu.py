@@ -1,4 +1,5 @@
 import torch
+import pytest
 import torch.nn.functional as F
 from torch import nn
 
@@ -83,6 +84,7 @@ def test_a_weight_of_another_type_stays():
     refuses_odd_parameters(FuseLinearReLU(), net(), X, "0.weight")
 
 
+@pytest.mark.slow
 def test_t5():
     applies(FuseLinearReLU(), "t5", count=4)  # one in each of two encoder and two decoder layers
 
