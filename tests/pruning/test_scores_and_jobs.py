@@ -6,6 +6,7 @@ import loky
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import Ridge
 
 import fxopt.pruning as P
 from fxopt.capture import capture
@@ -57,7 +58,7 @@ class TestScores:
         def loss(output, batch, reference):
             return F.cross_entropy(output.mean(1), batch.target)
 
-        model = Model(2).double()
+        model = Model(2).double().requires_grad_(False)
 
         def at(share):
             x = model.embed(X.double())
@@ -69,6 +70,18 @@ class TestScores:
 
         slope = (at(1e-4) - at(-1e-4)) / 2e-4
         assert P.score(gm, [tree], "taylor", data, loss)[tree.id] == pytest.approx(abs(slope), rel=1e-3)
+
+    def test_taylor_leaves_the_parameters_alone_when_it_fails(self, data):
+        def fail(output, batch, reference):
+            assert output.requires_grad
+            raise ValueError("no loss")
+
+        gm = capture(Model(1), (X,))
+        for p in gm.parameters():
+            p.requires_grad_(False)
+        with pytest.raises(ValueError, match="no loss"):
+            P.score(gm, P.trees(gm), "taylor", data, fail)
+        assert not any(p.requires_grad for p in gm.parameters())
 
     def test_magnitude_is_the_sum_of_squares_and_a_groups_is_its_own(self, gm, some):
         found = P.score(gm, some, "magnitude")
@@ -135,11 +148,19 @@ class TestCalibration:
         x = torch.cat([model.embed(*b.inputs).reshape(-1, 8) for b in data.batches]).detach().double()
         y = [model.embed(*b.inputs) for b in data.batches]
         y = torch.cat([(e + model.blocks[0].attention(model.blocks[0].norm(e))).reshape(-1, 8) for e in y])
+        y = y.detach().double()
         ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-        solution = torch.linalg.lstsq(ones, y.detach().double()).solution
+        # the embedding has 5 dimensions of 8, so that many solutions fit equally well: only what they give is one
+        solution = torch.linalg.lstsq(ones, y, driver="gelsd", rcond=1e-5).solution
         found = P.fit(gm, tree, data, ridge=1e-9)
-        torch.testing.assert_close(found.weight.double(), solution[:-1].T, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(found.bias.double(), solution[-1], rtol=1e-3, atol=1e-4)
+        given = F.linear(x, found.weight.double(), found.bias.double())
+        torch.testing.assert_close(given, ones @ solution, rtol=1e-5, atol=1e-5)
+        penalty = 0.1 * x.var(0, correction=0).mean() * len(x)
+        ridge = Ridge(alpha=float(penalty)).fit(x.numpy(), (y - x).numpy())
+        found = P.fit(gm, tree, data, ridge=0.1)
+        weight = torch.as_tensor(ridge.coef_) + torch.eye(8)
+        torch.testing.assert_close(found.weight.double(), weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.bias.double(), torch.as_tensor(ridge.intercept_), rtol=1e-5, atol=1e-6)
 
 
 class Killing(loky.ProcessPoolExecutor):
