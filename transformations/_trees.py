@@ -19,7 +19,7 @@ from fxopt.delta import graphs, share
 from fxopt.errors import UsageError
 from fxopt.text import to_html, to_text
 from fxopt.transformations._flow import NORMS, Flow, Point, Region, signature
-from fxopt.transformations._memory import effect, fixed, value
+from fxopt.transformations._memory import Memory, effect, fixed, value
 from fxopt.transformations._tree_picture import bar, picture
 from fxopt.transformations.make_out_of_place import MakeOutOfPlace
 
@@ -155,6 +155,8 @@ class _Enumeration:
         if self.flow.nodes and not shaped:
             raise UsageError("the shapes of the graph's values are not known; call fxopt.propagate(gm, inputs) first")
         self.names = {id(t): n for n, t in reversed(list(gm.named_parameters(remove_duplicate=False)))}
+        memory = Memory(gm)  # some writes in place cannot be made out of place
+        self.overwritten = {n for n in self.flow.nodes if memory.last_write(n) > memory.position[n]}
         self.seen: dict[tuple[Node, Node], PruningTree] = {}  # by what reads what afterwards
 
     def trees(self) -> list[PruningTree]:
@@ -175,7 +177,8 @@ class _Enumeration:
     ) -> PruningTree | None:
         dead = self.flow.dying(exit, keep)
         gone = self.flow.freed(dead)
-        if not gone or (exit, entry) in self.seen:
+        read = (exit,) if kind == "layer" else (entry, exit)  # what stands in a layer's place reads where it did
+        if not gone or (exit, entry) in self.seen or not self.overwritten.isdisjoint(read):
             return None
         made = PruningTree(
             f"{self.path}/{name}" if self.path else name,

@@ -182,6 +182,23 @@ class TestEnumeration:
         with pytest.raises(UsageError, match="expected a torch"):
             trees(nn.Linear(2, 2))
 
+    def test_parameters_that_dead_code_reads_too_are_not_freed(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+                self.b.weight = self.a.weight
+
+            def forward(self, x):
+                self.a(x)
+                return self.b(x).relu()
+
+        gm = propagate(symbolic_trace(Net()), (torch.randn(3, 4),))
+        (tree,) = trees(gm)
+        assert tree.parameters == ("b.bias",) and tree.elements == 4
+        PruneTrees((tree,))(gm)
+        assert [n for n, _ in gm.named_parameters()] == ["a.weight", "a.bias"]
+
     def test_it_prints_as_a_table_and_draws_itself(self, gm):
         found = trees(gm)
         assert "branch" in repr(found) and f"{len(found)} in" in repr(found)
