@@ -171,6 +171,11 @@ class TestCalibration:
         torch.testing.assert_close(found.bias.double(), torch.as_tensor(ridge.intercept_), rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def serial(gm, data, few):
+    return P.loss_deltas(gm, few, data)
+
+
 class Breaking(concurrent.futures.ThreadPoolExecutor):
     """An executor that breaks once, at the second job, as a pool does of which a worker was killed."""
 
@@ -204,8 +209,7 @@ class Killing(loky.ProcessPoolExecutor):
 
 
 class TestJobs:
-    def test_serial_parallel_and_resumed_are_equal_bit_for_bit(self, gm, data, few, tmp_path):
-        serial = P.loss_deltas(gm, few, data)
+    def test_serial_parallel_and_resumed_are_equal_bit_for_bit(self, gm, data, few, serial, tmp_path):
         assert P.loss_deltas(gm, few, data, workers=1, directory=tmp_path) == serial
         done = []
         assert P.loss_deltas(gm, few, data, directory=tmp_path, say=lambda i, n: done.append(i)) == serial
@@ -214,18 +218,18 @@ class TestJobs:
             assert P.loss_deltas(gm, few, data, executor=executor) == serial
 
     @pytest.mark.parametrize("kind", (Breaking, pytest.param(Killing, marks=pytest.mark.slow)))
-    def test_a_killed_worker_loses_nothing(self, gm, data, few, tmp_path, kind):
+    def test_a_killed_worker_loses_nothing(self, gm, data, few, serial, tmp_path, kind):
         made = P.loss_deltas(gm, few, data, executor=lambda: kind(tmp_path / "killed"), directory=tmp_path / "run")
         assert (tmp_path / "killed").exists()
-        assert made == P.loss_deltas(gm, few, data)
+        assert made == serial
 
     @pytest.mark.parametrize("kind", (Breaking, pytest.param(Killing, marks=pytest.mark.slow)))
-    def test_a_broken_executor_of_ones_own_is_said_and_the_rest_is_kept(self, gm, data, few, tmp_path, kind):
+    def test_a_broken_executor_of_ones_own_is_said_and_the_rest_is_kept(self, gm, data, few, serial, tmp_path, kind):
         executor = kind(tmp_path / "killed")
         with pytest.raises(FxoptError, match="the executor broke"):
             P.loss_deltas(gm, few, data, executor=executor, directory=tmp_path / "run")
         executor.shutdown()
-        assert P.loss_deltas(gm, few, data, directory=tmp_path / "run") == P.loss_deltas(gm, few, data)
+        assert P.loss_deltas(gm, few, data, directory=tmp_path / "run") == serial
 
     def test_a_torn_line_of_the_journal_is_left_out(self, tmp_path):
         path = tmp_path / "scores.jsonl"
