@@ -192,6 +192,9 @@ class Breaking(concurrent.futures.ThreadPoolExecutor):
             return broken
         return super().submit(function, *args)
 
+    def shutdown(self, wait=True, **options):  # threads cannot be killed: none is left to run into the next test
+        super().shutdown(wait=True, cancel_futures=True)
+
 
 class Killing(loky.ProcessPoolExecutor):
     """An executor of which one worker is killed in the middle."""
