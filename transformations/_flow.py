@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxopt import ops
 from fxopt import vocabulary as words
-from fxopt.transformations._memory import effect, value
+from fxopt.transformations._memory import effect, fixed, value
 
 TRANSFORMS = frozenset(
     {words.linear, words.addmm, words.mm, words.matmul, words.bmm, words.baddbmm}
@@ -237,10 +237,12 @@ class Flow:
         """The parameters that only ``dead`` nodes read."""
         gone = set(dead)
         mine = {key for n in gone for key in self.weights.get(n, ())}
-        return [self.tensors[key] for key in sorted(mine) if self._only(key, gone)]
+        return [t for key, t in self.tensors.items() if key in mine and self._only(key, gone)]  # in graph order
 
     def _only(self, key: int, gone: set[Node]) -> bool:
-        return all(n in gone or not n.users or all(u in gone for u in n.users) for n in self.readers[key])
+        """Whether nothing else reads a parameter: a ``get_attr`` that nobody uses goes too, other dead code stays."""
+        readers = self.readers[key]
+        return all(n in gone or (n.op == "get_attr" and all(u in gone for u in n.users)) for n in readers)
 
 
 def removable(gm: GraphModule, node: Node) -> bool:
@@ -271,4 +273,5 @@ def signature(node: Node) -> Signature | None:
 
 
 def _size(size: Any) -> Any:
-    return size if isinstance(size, int) else str(size)
+    known = fixed(size)
+    return str(size) if known is None else known

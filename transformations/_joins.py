@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from fxopt import ops
 from fxopt import vocabulary as words
-from fxopt.transformations._memory import value
+from fxopt.transformations._memory import fixed, value
 
 _POINTWISE = frozenset({words.relu, words.gelu, words.silu, words.tanh, words.sigmoid, words.dropout, words.clone})
 _POINTWISE |= {words.contiguous, words.identity, words.leaky_relu, words.elu, words.hardswish, words.relu6}
@@ -41,8 +41,8 @@ def join(gm: GraphModule, node: Node) -> Join | str:
     if not all(isinstance(p, Node) and isinstance(h, torch.Tensor) for p, h in zip(parts, held, strict=True)):
         return f"the shapes at {node} are not known"
     axis = call.arguments["dim"] % held[0].dim()
-    sizes = tuple(h.shape[axis] for h in held)
-    if not all(type(s) is int for s in sizes):
+    sizes = tuple(s for h in held if (s := fixed(h.shape[axis])) is not None)
+    if len(sizes) < len(held):
         return f"{node} joins along an axis of unknown size"
     consumers: list[Node] = []
     norms: list[Node] = []

@@ -364,3 +364,8 @@ def nbytes(val: Any) -> int | None:
 def value(node: Node) -> Any:
     """What the graph says about the value of ``node``: a fake tensor, a number, a sequence; None where nothing is."""
     return node.meta.get("val", node.meta.get("example_value"))
+
+
+def fixed(size: int | torch.SymInt) -> int | None:
+    """A size as a number; None where it is open.  torch.export leaves symbols that turned out to be one number."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()

@@ -394,19 +394,20 @@ def _drop_from_cat(gm: GraphModule, node: Node, part: str) -> None:
         restate(gm, norm, {n: t.detach()[columns] for n, t in held.items() if t is not None})
     dropped = found.parts[index]
     _rejoin(gm, node, [p for i, p in enumerate(found.parts) if i != index])
-    _refresh_after(gm, node)
     if not dropped.users:
         bury(gm, dropped)
 
 
 def _rejoin(gm: GraphModule, node: Node, parts: Sequence[Node]) -> None:
-    """Let a concatenation join ``parts``; of one part, nothing is left of it."""
+    """Let a concatenation join ``parts``, where its readers are ready for them; of one part, nothing is left of it."""
+    changed = [node]
     if len(parts) == 1:
-        _refresh_after(gm, node)
+        changed = list(node.users)
         node.replace_all_uses_with(parts[0])
         bury(gm, node)
-        return
-    restate(gm, node, {"tensors": tuple(parts)})
+    else:
+        restate(gm, node, {"tensors": tuple(parts)})
+    _refresh_after(gm, changed)
 
 
 def _sum_columns(gm: GraphModule, node: Node) -> None:
@@ -424,19 +425,15 @@ def _sum_columns(gm: GraphModule, node: Node) -> None:
         summed = [sum(p for p, part in zip(pieces, found.parts, strict=True) if part is one) for one in once]
         restate(gm, layer.node, layer.restated(torch.cat([torch.as_tensor(s) for s in summed], 1), None))
     _rejoin(gm, node, once)
-    if not node._erased:
-        _refresh_after(gm, node)
 
 
-def _refresh_after(gm: GraphModule, node: Node) -> None:
-    """Work the values out again of all that depends on ``node``."""
-    if node._erased:
-        return
-    changed, found = {node}, []
-    for other in gm.graph.nodes:
-        if (other is node or any(n in changed for n in other.all_input_nodes)) and other.op != "output":
-            changed.add(other)
-            found.append(other)
+def _refresh_after(gm: GraphModule, nodes: Sequence[Node]) -> None:
+    """Work the values out again of ``nodes`` and all that depends on them."""
+    changed, found = {n for n in nodes if not n._erased}, []
+    for node in gm.graph.nodes:
+        if (node in changed or any(n in changed for n in node.all_input_nodes)) and node.op != "output":
+            changed.add(node)
+            found.append(node)
     refresh(gm, found)
 
 

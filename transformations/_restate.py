@@ -149,6 +149,15 @@ def _mode(gm: GraphModule) -> Any:
     return None
 
 
+def _held(gm: GraphModule, path: str) -> list[torch.Tensor]:
+    """The tensors of a module, or the one tensor, at ``path``."""
+    module = ops.submodule(gm, path)
+    if module is not None:
+        return [*module.parameters(), *module.buffers()]
+    held = ops.constant(gm, ops.Attr(path))
+    return [] if held is None else [held]
+
+
 def bury(gm: GraphModule, node: Node) -> None:
     """Erase ``node``, which nobody uses, and all that nobody uses without it, with the parameters that it read."""
     from fxopt.transformations._flow import is_check, removable
@@ -168,7 +177,7 @@ def bury(gm: GraphModule, node: Node) -> None:
         waiting += node.all_input_nodes
         gm.graph.erase_node(node)
     unread = [n for n in gm.graph.find_nodes(op="get_attr") if not n.users]
-    tensors = {id(ops.constant(gm, ops.Attr(p))) for p in paths} - {id(None)}
+    tensors = {id(t) for p in paths for t in _held(gm, p)}
     for other in unread:  # the same tensor by another name
         if id(ops.constant(gm, other)) in tensors:
             paths.add(str(other.target))

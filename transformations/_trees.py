@@ -19,7 +19,7 @@ from fxopt.delta import graphs, share
 from fxopt.errors import UsageError
 from fxopt.text import to_html, to_text
 from fxopt.transformations._flow import NORMS, Flow, Point, Region, signature
-from fxopt.transformations._memory import effect, value
+from fxopt.transformations._memory import Memory, effect, fixed, value
 from fxopt.transformations._tree_picture import bar, picture
 from fxopt.transformations.make_out_of_place import MakeOutOfPlace
 
@@ -155,6 +155,8 @@ class _Enumeration:
         if self.flow.nodes and not shaped:
             raise UsageError("the shapes of the graph's values are not known; call fxopt.propagate(gm, inputs) first")
         self.names = {id(t): n for n, t in reversed(list(gm.named_parameters(remove_duplicate=False)))}
+        memory = Memory(gm)  # some writes in place cannot be made out of place
+        self.overwritten = {n for n in self.flow.nodes if memory.last_write(n) > memory.position[n]}
         self.seen: dict[tuple[Node, Node], PruningTree] = {}  # by what reads what afterwards
 
     def trees(self) -> list[PruningTree]:
@@ -164,7 +166,8 @@ class _Enumeration:
         sums = [t for t in branches if t.kind == "branch"]
         regions = [t for chain in self.flow.chains() for t in self._in_chain(chain)]
         regions = [t for t in regions if not any(self._is_all_of(t, b) for b in sums)]
-        regions = _largest(regions, {frozenset(t.parameters) for t in branches})
+        # beside the operand of a concatenation: without it there are fewer columns, with the identity other ones
+        regions = _largest(regions, {frozenset(t.parameters) for t in branches if t.kind != "cat"})
         layers = [t for n in self.flow.nodes if (t := self._layer(n)) is not None]
         heads = [self._group(attention, group) for attention in groups(self.gm) for group in range(attention.groups)]
         return sorted((*branches, *regions, *layers, *heads), key=lambda t: (t.span, t.id))
@@ -174,7 +177,8 @@ class _Enumeration:
     ) -> PruningTree | None:
         dead = self.flow.dying(exit, keep)
         gone = self.flow.freed(dead)
-        if not gone or (exit, entry) in self.seen:
+        read = (exit,) if kind == "layer" else (entry, exit)  # what stands in a layer's place reads where it did
+        if not gone or (exit, entry) in self.seen or not self.overwritten.isdisjoint(read):
             return None
         made = PruningTree(
             f"{self.path}/{name}" if self.path else name,
@@ -297,8 +301,8 @@ class _Enumeration:
         axis = features_axis(self.flow.calls[node])
         if not isinstance(there, torch.Tensor) or not isinstance(here, torch.Tensor) or axis is None:
             return None
-        sizes = there.shape[axis], here.shape[axis]
-        if signature(entry) == signature(node) or not all(isinstance(s, int) for s in sizes):
+        sizes = fixed(there.shape[axis]), fixed(here.shape[axis])
+        if signature(entry) == signature(node) or None in sizes:
             return None
         return self._tree(node.name, "layer", entry, node, (entry,), features=sizes)
 

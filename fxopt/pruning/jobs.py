@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -35,6 +36,7 @@ from fxopt.transformations._trees import out_of_place
 from fxopt.transformations.prune_trees import PruningTree
 
 _CHUNK = 8  # trees in a job
+_ALONE = threading.Lock()  # fake tensors and the number of threads are the whole process's
 _LEFT = 3  # how often a pool that broke is made anew
 
 
@@ -57,6 +59,11 @@ class Job:
 
 def run(job: Job) -> list[float]:
     """The loss of the dense graph on the job's batch, and after it that without each of its trees."""
+    with _ALONE:
+        return _run(job)
+
+
+def _run(job: Job) -> list[float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums are in the order of one thread everywhere
     try:

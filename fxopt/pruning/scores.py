@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxopt.delta import graphs
+from fxopt.delta import graphs, share
 from fxopt.errors import UsageError
 from fxopt.pruning.calibration import Batch, Calibration, Loss, distance
 from fxopt.pruning.patched import Prefix, Values
@@ -25,6 +25,7 @@ from fxopt.transformations.prune_trees import PruningTree
 WEIGHT_SCORES = ("magnitude", "magnitude_mean", "magnitude_normalized", "random")
 RUN_SCORES = ("block_influence", "angular")
 SCORES = (*WEIGHT_SCORES, *RUN_SCORES, "taylor", "loss_delta")
+_AT_REST = 1e-9  # a distance below which the output is the reference, and the gradient rounding errors
 
 
 def score(
@@ -195,20 +196,24 @@ def _of_values(gm: GraphModule, trees: Sequence[PruningTree], data: Calibration,
 
 
 def _taylor(gm: GraphModule, trees: Sequence[PruningTree], data: Calibration, loss: Loss) -> dict[str, float]:
-    source = out_of_place(gm)
+    source = _differentiable(out_of_place(gm))
     total: dict[str, float] = {t.id: 0.0 for t in trees}
     parameters = dict(source.named_parameters(remove_duplicate=False))
-    frozen = {n: p.requires_grad for n, p in parameters.items()}
     wanted = {n for t in trees for n in (t.entry, t.exit) if not t.graph}
-    for p in parameters.values():
-        p.requires_grad_(p.is_floating_point())
-    try:
-        for batch in data.batches:
-            _taylor_batch(source, trees, batch, loss, wanted, parameters, total)
-    finally:
-        for name, p in parameters.items():
-            p.requires_grad_(frozen[name])
+    for batch in data.batches:
+        _taylor_batch(source, trees, batch, loss, wanted, parameters, total)
     return {name: abs(value) / len(data.batches) for name, value in total.items()}
+
+
+def _differentiable(gm: GraphModule) -> GraphModule:
+    """A copy in the same memory whose parameters, tied ones too, are its own and all take gradients."""
+    twin = share(gm)
+    own: dict[int, nn.Parameter] = {}
+    for module in twin.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_floating_point():
+                module._parameters[name] = own.setdefault(id(p), nn.Parameter(p.detach()))
+    return twin
 
 
 def _taylor_batch(
@@ -223,8 +228,9 @@ def _taylor_batch(
     runner = Values(gm, wanted, gradients=True)
     with torch.enable_grad():
         output = runner.run_batch(batch)
-        with torch.no_grad():
-            reference = _perturbed(output) if loss is distance else output
+        reference: object = output
+        if loss is distance and float(distance(output, batch, output).detach()) < _AT_REST:
+            batch, reference = Batch(batch.inputs), _perturbed(output)
         value = loss(output, batch, reference)
         unique = list({id(p): p for p in parameters.values()}.values())
         values = [v for v in runner.found.values() if v.requires_grad]
@@ -258,7 +264,7 @@ def _share_of(held: Sequence[Tensor], tree: PruningTree) -> float:
 
 
 def _perturbed(output: object) -> object:
-    """A reference a little off, for a loss whose gradient vanishes at the dense output itself."""
+    """A reference that is off, for a loss whose gradient vanishes at the dense output itself."""
     from torch.utils._pytree import tree_map_only
 
     generator = torch.Generator().manual_seed(0)

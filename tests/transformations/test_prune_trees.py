@@ -182,6 +182,23 @@ class TestEnumeration:
         with pytest.raises(UsageError, match="expected a torch"):
             trees(nn.Linear(2, 2))
 
+    def test_parameters_that_dead_code_reads_too_are_not_freed(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+                self.b.weight = self.a.weight
+
+            def forward(self, x):
+                self.a(x)
+                return self.b(x).relu()
+
+        gm = propagate(symbolic_trace(Net()), (torch.randn(3, 4),))
+        (tree,) = trees(gm)
+        assert tree.parameters == ("b.bias",) and tree.elements == 4
+        PruneTrees((tree,))(gm)
+        assert [n for n, _ in gm.named_parameters()] == ["a.weight", "a.bias"]
+
     def test_it_prints_as_a_table_and_draws_itself(self, gm):
         found = trees(gm)
         assert "branch" in repr(found) and f"{len(found)} in" in repr(found)
@@ -231,14 +248,14 @@ class TestSeveral:
             PruneTrees((tree,))(other)
         assert gm.code == other.code and len(history(gm)) == 1 and len(history(other)) == 4
 
-    def test_any_one_comes_back_at_any_time(self, gm):
+    def test_any_one_comes_back_at_any_time(self, gm, traced):
         going = [t for t in trees(gm) if t.kind == "branch"]
         for tree in going:
             PruneTrees((tree,))(gm)
         for i, tree in enumerate(going):
             rest = copy.deepcopy(gm)
             PruneTrees((tree,)).reverse(rest)
-            alone = capture(Model(), (X,))
+            alone = copy.deepcopy(traced)
             PruneTrees(tuple(t for j, t in enumerate(going) if j != i))(alone)
             assert torch.equal(rest(X), alone(X))
 
