@@ -1,5 +1,5 @@
-import torch
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
