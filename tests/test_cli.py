@@ -68,6 +68,7 @@ def test_of_two_with_a_name_the_one_that_did_something_is_undone(fxopt_, tmp_pat
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_the_default_length_is_one_that_the_model_takes(fxopt_):
     code, out, err = fxopt_("optimize", "whisper-tiny-tiny", "--passes", "EliminateDropout", "--no-benchmark")
     assert code == 0 and "same as eager" in out, err

@@ -140,6 +140,7 @@ def test_wheel_holds_the_kernels_and_they_load(distributions, tmp_path):
     assert rest == ["None", "True"]
 
 
+@pytest.mark.slow
 def test_wheel_without_a_compiler(distributions, tmp_path):
     sdist, _ = distributions
     with tarfile.open(sdist) as archive:

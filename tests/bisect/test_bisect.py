@@ -85,6 +85,7 @@ def test_two_that_fail_only_together_in_one_pass():
     assert found.repro.size[0] <= 12
 
 
+@pytest.mark.slow
 def test_two_that_fail_only_together_in_two_passes():
     gm, inputs = captures.mlp()
     names = [n.name for n in calls(gm, "clamp.default")]
@@ -109,6 +110,7 @@ def test_three_that_fail_only_together():
     assert not found.found and found.reproduced
 
 
+@pytest.mark.slow
 def test_a_rewrite_that_needs_an_earlier_pass_is_guilty_alone():
     """The guilty pass finds nothing to do without the one before it, and the number of probes stays within bounds."""
     gm, inputs = captures.mlp()
@@ -266,6 +268,7 @@ def test_a_check_of_ones_own_may_raise_or_not_know():
     assert found.repro.size == (1, 1), found
 
 
+@pytest.mark.slow
 def test_a_check_that_no_other_process_can_ask():
     """It is asked again here, and the fresh process compares values; where these are equal, nothing is found."""
     gm, inputs = captures.mlp()

@@ -32,7 +32,7 @@ def test_interpreted_they_are_the_dense_product(which):
 @pytest.mark.parametrize(
     ("capability", "dtype", "side", "turned"),
     (
-        (90, "bf16", 32, True),
+        pytest.param(90, "bf16", 32, True, marks=pytest.mark.slow),
         *(pytest.param(c, "bf16", 64, False, marks=pytest.mark.slow) for c in (80, 90, 100)),
         *(pytest.param(c, "fp16", 128, True, marks=pytest.mark.slow) for c in (80, 90, 100)),
         pytest.param(80, "fp32", 32, False, marks=pytest.mark.slow),

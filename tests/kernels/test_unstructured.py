@@ -53,20 +53,20 @@ def thinned(weight: nn.Parameter, sparsity: float, seed: int) -> None:
         weight.mul_(mask)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(found: Tensor, expected: Tensor, atol: float = 3e-6) -> None:
     found, expected = found.detach(), expected.detach()
     assert found.shape == expected.shape
     scale = 1 + float(expected.abs().max()) if expected.numel() else 1.0
-    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=3e-6 * scale)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=atol * scale)
 
 
-def agree(dense: nn.Module, x: Tensor, kind: str) -> None:
+def agree(dense: nn.Module, x: Tensor, kind: str, atol: float = 3e-6) -> None:
     """Result and every gradient of the sparse layer are those of the dense one in float64."""
     sparse = SparseLinear.from_dense(dense) if isinstance(dense, nn.Linear) else SparseConv2d.from_dense(dense)
     exact = copy.deepcopy(dense).double()
     a, b = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(), x.detach().double().requires_grad_()
     y, expected = sparse(a), exact(b)
-    close(y, expected)
+    close(y, expected, atol)
     if kind == "expanded":
         y.sum().backward()
         expected.sum().backward()
@@ -179,7 +179,8 @@ class TestConv2d:
 
     def test_more_than_32767_values_in_a_channel(self, isa):
         dense = nn.Conv2d(4000, 2, 3, padding=1)
-        agree(dense, torch.randn(2, 4000, 4, 5), "random")
+        # the rounding of a float32 sum of 36,000 products grows as the root of their number
+        agree(dense, torch.randn(2, 4000, 4, 5), "random", atol=1e-5)
 
 
 class threading:

@@ -108,6 +108,7 @@ def test_attention_scores_need_no_shapes():
     assert len(history(gm)[0].rewrites) == 1
 
 
+@pytest.mark.slow
 def test_every_divisor_comes_back():
     """281 of these are lost by inverting the inverse."""
     gm = trace(fn(lambda x: [(x / c).relu() for c in range(1, 2000)][-1]), X, "function")
