@@ -16,11 +16,12 @@ from fxopt.pattern import Miss
 from fxopt.transformation import ReversibleTransformation
 from fxopt.transformations._flow import Flow
 from fxopt.transformations._memory import effect
-from fxopt.transformations._removal import Ends, Fit, Unequal, check_unequal, cut_groups, find, remove
+from fxopt.transformations._removal import Ends, check_unequal, cut_groups, find, remove
+from fxopt.transformations._stand_ins import Fit, Matching, StandIn, Unequal, stand_in
 from fxopt.transformations._trees import Kind, PruningTree, Trees, trees
 from fxopt.transformations.make_out_of_place import MakeOutOfPlace
 
-__all__ = ["Fit", "Kind", "PruneTrees", "PruningTree", "Trees", "trees"]
+__all__ = ["Fit", "Kind", "Matching", "PruneTrees", "PruningTree", "Trees", "trees"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class PruneTrees(ReversibleTransformation):
 
     Not exact: removes the trees given (`fxopt.pruning.trees` finds them; trees or their names), with their parameters.
     A region becomes the identity; an operand of a sum, product or concatenation is dropped (the consumer's columns with
-    it); an attention loses key/value groups.  A tree with a `Fit` becomes that linear layer.  A layer of unequal
-    dimensions is, by ``unequal``: multiplied into the linear layer after it (``fold``, exact), replaced by two thin
-    ones (``low_rank``, of ``rank`` times the rank at which nothing is saved), or by channels of its input, matched by
-    weight (``match``) or by position and zeros (``pad``); ``auto`` is the first of these that can be done.
+    it); an attention loses key/value groups.  A tree with a `Fit` becomes that linear layer, one with a `Matching` the
+    channels that it reads.  A layer of unequal dimensions is, by ``unequal``: multiplied into the linear layer after it
+    (``fold``, exact), replaced by two thin ones (``low_rank``, of ``rank`` times the rank at which nothing is saved),
+    or by channels of its input, matched by weight (``match``; what has no match is cut out of all that has it, where
+    that can be done) or by position and zeros (``pad``); ``auto`` is the first of these that can be done.
     Trees inside others that went are gone too.  Writes in place are made out of place first.
     """
 
@@ -50,7 +52,7 @@ class PruneTrees(ReversibleTransformation):
         if wrong:
             raise UsageError(f"PruneTrees was given {wrong[0]!r}, expected pruning trees or their names")
         object.__setattr__(self, "trees", tuple(str(t) for t in given))
-        object.__setattr__(self, "fits", tuple(f.plain() if isinstance(f, Fit) else tuple(f) for f in self.fits))
+        object.__setattr__(self, "fits", tuple(map(_plain, self.fits)))
         check_unequal(self.unequal)
         if not 0 < self.rank <= 1:
             raise UsageError(f"rank={self.rank} is no share; give a number above 0, at most 1")
@@ -59,13 +61,13 @@ class PruneTrees(ReversibleTransformation):
     def signature(self) -> str:
         """The call, with a hash in place of the numbers of each fitted layer."""
         said = []
-        for f in fields(self):
-            held = getattr(self, f.name)
-            if f.name == "fits" and held:
-                digests = [(t, hashlib.sha256(numbers.encode()).hexdigest()[:12]) for t, _, _, numbers in held]
+        for field in fields(self):
+            held = getattr(self, field.name)
+            if field.name == "fits" and held:
+                digests = [(f[0], hashlib.sha256(str(f[-1]).encode()).hexdigest()[:12]) for f in held]
                 said.append(f"fits={tuple(digests)!r}")
             else:
-                said.append(f"{f.name}={held!r}")
+                said.append(f"{field.name}={held!r}")
         return f"PruneTrees({', '.join(said)})"
 
     def __repr__(self) -> str:
@@ -73,7 +75,7 @@ class PruneTrees(ReversibleTransformation):
 
     def transform(self, graph_module: GraphModule) -> None:
         inner = graphs(graph_module)
-        fits = {f.tree: f for f in map(Fit.of, self.fits)}
+        fits = {f.tree: f for f in map(stand_in, self.fits)}
         if strange := fits.keys() - set(map(str, self.trees)):
             raise TransformationError(f"there is a fit for {min(strange)}, which is not among the trees to remove")
         for path, gm in inner.items():
@@ -92,7 +94,7 @@ class PruneTrees(ReversibleTransformation):
 
 
 def _remove_all(
-    gm: GraphModule, path: str, names: list[str], fits: dict[str, Fit], unequal: Unequal, rank: float
+    gm: GraphModule, path: str, names: list[str], fits: dict[str, StandIn], unequal: Unequal, rank: float
 ) -> None:
     if any(f is not None and f.kind == "write" for f in (effect(gm, n) for n in gm.graph.nodes)):
         MakeOutOfPlace().transform(gm)
@@ -119,6 +121,13 @@ def _extent(flow: Flow, ends: Ends) -> int:
     """How many operations go with a tree."""
     keep = [n for n in ends.exit.all_input_nodes if n.name != ends.part] if ends.keep is None else [ends.keep]
     return len(flow.dying(ends.exit, keep)) if ends.exit in flow.at else 0
+
+
+def _plain(given: Any) -> tuple[Any, ...]:
+    """A stand-in as plain values, or as it was saved."""
+    if isinstance(given, Fit | Matching):
+        return given.plain()
+    return tuple(tuple(x) if isinstance(x, list) else x for x in given)
 
 
 def _gone(gm: GraphModule, name: str) -> bool:

@@ -2,12 +2,12 @@
 
 from fxopt.pruning.calibration import Batch, Calibration, cross_entropy, distance, error_rate, mean_loss
 from fxopt.pruning.files import save_pruned
-from fxopt.pruning.fitting import fit, fits
+from fxopt.pruning.fitting import fit, fits, match
 from fxopt.pruning.jobs import loss_deltas
 from fxopt.pruning.loop import Iteration, Pruned, prune, restore
 from fxopt.pruning.scores import SCORES, milliseconds, score
 from fxopt.pruning.width import WIDTH_SCORES, prune_width, width_scores
-from fxopt.transformations.prune_trees import Fit, PruneTrees, PruningTree, Trees, trees
+from fxopt.transformations.prune_trees import Fit, Matching, PruneTrees, PruningTree, Trees, trees
 from fxopt.transformations.prune_width import AxisClass, PruneWidth, axes
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Calibration",
     "Fit",
     "Iteration",
+    "Matching",
     "PruneTrees",
     "PruneWidth",
     "Pruned",
@@ -30,6 +31,7 @@ __all__ = [
     "fit",
     "fits",
     "loss_deltas",
+    "match",
     "mean_loss",
     "milliseconds",
     "prune",

@@ -1,4 +1,4 @@
-"""Linear layers in the place of trees, fitted to what the trees compute."""
+"""What stands in the place of trees: linear layers fitted to what they compute, or the channels most alike."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.fx import GraphModule
 from fxopt.errors import UsageError
 from fxopt.pruning.calibration import Calibration
 from fxopt.pruning.patched import Values
-from fxopt.transformations._removal import stride_of
+from fxopt.transformations._stand_ins import assigned, stride_of
 from fxopt.transformations._trees import out_of_place
-from fxopt.transformations.prune_trees import Fit, PruningTree
+from fxopt.transformations.prune_trees import Fit, Matching, PruningTree
 
 
 def fit(gm: GraphModule, tree: PruningTree, data: Calibration, ridge: float = 1e-2) -> Fit:
@@ -29,21 +29,38 @@ def fit(gm: GraphModule, tree: PruningTree, data: Calibration, ridge: float = 1e
 
 def fits(gm: GraphModule, trees: Sequence[PruningTree], data: Calibration, ridge: float = 1e-2) -> list[Fit]:
     """`fit` for several trees of one graph, each as if it alone went; in one run over the data."""
+    return [s.solve(t.id, ridge) for s, t in zip(_moments(gm, trees, data), trees, strict=True)]
+
+
+def match(gm: GraphModule, tree: PruningTree, data: Calibration) -> Matching:
+    """
+    For every channel that ``tree`` gives the channel that it reads with which it is most correlated on ``data``.
+
+    Each is used once, and the sum of the correlations is the largest; where it gives more channels than it reads, the
+    others have none.  ``PruneTrees((tree,), fits=(match(gm, tree, data),))`` prunes the difference, and the rest is the
+    identity.
+    """
+    (sums,) = _moments(gm, [tree], data)
+    found = sums.correlation()
+    return Matching(tree.id, tuple(assigned(found.T).tolist()))
+
+
+def _moments(gm: GraphModule, trees: Sequence[PruningTree], data: Calibration) -> list[_Sums]:
+    """Of what goes into each of ``trees`` and what comes out."""
     wrong = next((t for t in trees if t.kind in ("heads", "cat") or t.graph), None)
     if wrong is not None:
-        raise UsageError(f"{wrong.id} is a tree of kind {wrong.kind}, which no linear layer can replace; leave it out")
+        raise UsageError(f"{wrong.id} is a tree of kind {wrong.kind}, which nothing can stand in for; leave it out")
     source = out_of_place(gm)
-    sums: list[_Sums | None] = [None] * len(trees)
+    sums: dict[str, _Sums] = {}
     wanted = {n for t in trees for n in (t.entry, t.exit)}
     for batch in data.batches:
         runner = Values(source, wanted)
         with torch.no_grad():
             runner.run_batch(batch)
-        for i, tree in enumerate(trees):
+        for tree in trees:
             x, y = _rows(runner.found[tree.entry], runner.found[tree.exit], tree)
-            sums[i] = found = sums[i] or _Sums(x.shape[1], y.shape[1])
-            found.add(x, y)
-    return [s.solve(t.id, ridge) for s, t in zip(sums, trees, strict=True) if s is not None]
+            sums.setdefault(tree.id, _Sums(x.shape[1], y.shape[1])).add(x, y)
+    return [sums[t.id] for t in trees]
 
 
 def _rows(x: Tensor, y: Tensor, tree: PruningTree) -> tuple[Tensor, Tensor]:
@@ -63,6 +80,7 @@ class _Sums:
         self.x, self.y = torch.zeros(inputs, dtype=torch.float64), torch.zeros(outputs, dtype=torch.float64)
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self.yy = torch.zeros(outputs, dtype=torch.float64)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         self.count += len(x)
@@ -70,6 +88,16 @@ class _Sums:
         self.y += y.sum(0).cpu()
         self.xx += (x.T @ x).cpu()
         self.xy += (x.T @ y).cpu()
+        self.yy += y.square().sum(0).cpu()
+
+    def correlation(self) -> Tensor:
+        """Of every input with every output (Pearson); 0 of one that does not vary."""
+        n = self.count
+        xx = self.xx.diagonal() / n - (self.x / n) ** 2
+        yy = self.yy / n - (self.y / n) ** 2
+        xy = self.xy / n - torch.outer(self.x, self.y) / n**2
+        scale = torch.outer(xx.clamp(min=0).sqrt(), yy.clamp(min=0).sqrt())
+        return torch.where(scale > 1e-12, xy / scale.clamp(min=1e-12), torch.zeros((), dtype=xy.dtype))
 
     def solve(self, tree: str, ridge: float) -> Fit:
         n = self.count

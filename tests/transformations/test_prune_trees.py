@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import Interpreter, symbolic_trace
 from torch.utils._pytree import tree_leaves
 
+import fxopt.pruning as P
 from fxopt.capture import capture
 from fxopt.delta import graphs, share
 from fxopt.errors import TransformationError, UsageError
@@ -16,7 +17,7 @@ from fxopt.history import history
 from fxopt.shapes import propagate
 from fxopt.store import load, save
 from fxopt.transformations import PruneTrees
-from fxopt.transformations.prune_trees import Fit, trees
+from fxopt.transformations.prune_trees import Fit, Matching, trees
 from tests.graphs import cases
 
 
@@ -334,11 +335,53 @@ class TestLayers:
             PruneTrees((last,), unequal="fold")(gm)
 
     def test_matching_follows_the_weights_not_the_positions(self):
-        from fxopt.transformations._removal import matched
+        from fxopt.transformations._stand_ins import matched
 
         weight = torch.zeros(3, 5)
         weight[0, 4], weight[1, 0], weight[2, 2] = 2.0, 1.0, 3.0
-        assert matched(weight, 3).tolist() == [4, 0, 2]
+        assert matched(weight).tolist() == [4, 0, 2]
+
+    @pytest.mark.parametrize(("inputs", "features"), ((12, 6), (6, 12)))
+    def test_the_difference_is_pruned_and_the_rest_is_the_identity(self, inputs, features):
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Linear(5, inputs), nn.GELU(), nn.Linear(inputs, features), nn.GELU(), nn.Linear(features, 3)
+        )
+        pick = torch.randperm(max(inputs, features))[: min(inputs, features)]
+        with torch.no_grad():  # the layer in the middle passes channels on in another order, with some noise
+            weight = model[2].weight
+            weight *= 0.02
+            for i, j in enumerate(pick.tolist()):
+                weight[(i, j) if inputs > features else (j, i)] = 1.0
+        x = torch.randn(64, 5)
+        gm = capture(model, (x,))
+        tree = next(t for t in trees(gm) if t.features == (inputs, features))
+        found = P.match(gm, tree, P.Calibration.of([x]))
+        hidden = model[1](model[0](x)).detach()
+        alike = torch.corrcoef(torch.cat([hidden, model[2](hidden).detach()], 1).T)[inputs:, :inputs]
+        for out, channel in enumerate(found.channels):
+            assert channel < 0 or int(alike[out].argmax()) == channel
+        assert sorted(c for c in found.channels if c >= 0) == sorted(
+            set(pick.tolist() if inputs > features else range(6))
+        )
+        before, output = state(gm), gm(x)
+        PruneTrees((tree,), fits=(found,))(gm)
+        channels = torch.tensor(found.channels)
+        kept = (channels >= 0).nonzero()[:, 0]
+        expected = F.linear(F.gelu(hidden[:, channels[kept]]), model[4].weight[:, kept], model[4].bias)
+        torch.testing.assert_close(gm(x), expected)
+        assert max(max(p.shape) for p in gm.parameters()) == 6 and sum(p.dim() == 2 for p in gm.parameters()) == 2
+        PruneTrees((tree,), fits=(found,)).reverse(gm)
+        assert state(gm) == before and torch.equal(gm(x), output)
+
+    def test_a_matching_that_does_not_fit_is_refused(self, two):
+        gm, _ = two
+        last = next(t for t in trees(gm) if t.features == (4, 9))
+        before = state(gm)
+        for wrong in ((0, 1), (0, 0, 1, 2, 3, -1, -1, -1, -1), (0, 1, 2, 4, -1, -1, -1, -1, -1)):
+            with pytest.raises(TransformationError, match="match"):
+                PruneTrees((last,), fits=(Matching(last.id, wrong),))(gm)
+            assert state(gm) == before
 
     def test_of_equal_size_by_a_fit_of_its_own(self, gm):
         branch = next(t for t in trees(gm) if t.kind == "branch")
