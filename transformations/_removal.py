@@ -20,7 +20,16 @@ from fxopt.transformations._heads import attentions
 from fxopt.transformations._joins import join
 from fxopt.transformations._memory import Memory
 from fxopt.transformations._restate import bury, refresh, restate
-from fxopt.transformations._stand_ins import UNEQUAL, StandIn, Unequal, instead_of_layer, read_layer, replacement
+from fxopt.transformations._stand_ins import (
+    UNEQUAL,
+    Fit,
+    StandIn,
+    Unequal,
+    fold_before,
+    instead_of_layer,
+    read_layer,
+    replacement,
+)
 from fxopt.transformations._trees import kept_operand
 
 
@@ -84,7 +93,10 @@ def remove(gm: GraphModule, name: str, part: str, given: StandIn | None, unequal
     if isinstance(ends, str):
         raise TransformationError(f"{ends}; print fxopt.pruning.trees(gm) to see what is there")
     if given is not None and ends.keep is not None:
-        _replace(gm, ends.exit, replacement(gm, ends.keep, ends.exit, given))
+        instead = replacement(gm, ends.keep, ends.exit, given)
+        _replace(gm, ends.exit, instead)
+        if isinstance(given, Fit):
+            fold_before(gm, instead)
         return
     if ends.what == "heads":
         cut_groups(gm, {ends.exit.name: [ends.index]})

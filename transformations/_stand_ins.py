@@ -221,6 +221,17 @@ def fold(gm: GraphModule, layer: Layer) -> bool:
     return True
 
 
+def fold_before(gm: GraphModule, node: Node) -> None:
+    """Take into a linear layer the one that it alone reads, unless there is more to compute then."""
+    after = read_layer(gm, node)
+    before = None if after is None else read_layer(gm, after.x)
+    if after is None or before is None or len(before.weight) != after.weight.shape[1]:
+        return
+    outer = len(after.weight) * before.weight.shape[1]
+    if outer <= after.weight.numel() + before.weight.numel():
+        fold(gm, before)
+
+
 def _plain_convolution(call: ops.Call) -> bool:
     a = call.arguments
     plain = {"stride": 1, "dilation": 1, "padding": 0}

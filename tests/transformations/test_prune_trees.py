@@ -394,6 +394,29 @@ class TestLayers:
         values.run(X)
         torch.testing.assert_close(values.kept, F.linear(interpreter.kept, weight, bias))
 
+    def test_fitted_layers_one_behind_the_other_become_one(self, gm):
+        first, second = [t for t in trees(gm) if t.kind == "branch"][1:3]
+        made = [Fit(t.id, torch.randn(8, 8), torch.randn(8)) for t in (first, second)]
+        alone, before = copy.deepcopy(gm), state(gm)
+        PruneTrees((second,), fits=(made[1],))(alone)
+        for tree, stand_in in zip((first, second), made, strict=True):
+            PruneTrees((tree,), fits=(stand_in,))(gm)
+        assert sum("fitted" in n for n, _ in gm.named_parameters()) == 2  # a weight and a bias
+
+        model = Model().double()
+        h = model.embed(X.double())
+        h = h + model.blocks[0].attention(model.blocks[0].norm(h))
+        for stand_in in made:
+            h = F.linear(h, stand_in.weight.double(), stand_in.bias.double())
+        y = model.blocks[1].norm2(h)
+        h = h + model.blocks[1].down(F.silu(model.blocks[1].gate(y)) * model.blocks[1].up(y))
+        torch.testing.assert_close(gm(X), model.head(model.blocks[2](h)).float(), rtol=1e-5, atol=1e-5)
+
+        PruneTrees((first,), fits=(made[0],)).reverse(gm)
+        assert torch.equal(gm(X), alone(X))
+        PruneTrees((second,), fits=(made[1],)).reverse(gm)
+        assert state(gm) == before
+
 
 class TestConcatenations:
     class Net(nn.Module):
