@@ -29,10 +29,12 @@ def apply(axes: Axes, node: Node, weighted: bool) -> Any:
         for source in node.all_input_nodes:
             _block_all(axes.of.get(source), "the output has it")
         return None
-    if not weighted:
-        return _unknown(node, "")  # masks and positions: no parameter has their axes
     call = axes.calls[node]
+    if not weighted:
+        return _mask(axes, node, call)
     held = value(node)
+    if str(node.target) in _GROUPED and (product := _grouped_product(axes, node)) is not None:
+        return product
     rule = RULES.get(call.op) if call is not None else None
     if call is not None and rule is not None and not call.inplace:
         found = rule(axes, node, call.arguments)
@@ -46,6 +48,21 @@ def apply(axes: Axes, node: Node, weighted: bool) -> Any:
     for path in _module_parameters(axes, node):
         _block_all(axes.parameter(ops.Attr(path)), why)
     return _unknown(node, why)
+
+
+def _mask(axes: Axes, node: Node, call: ops.Call | None) -> Any:
+    """
+    Of masks and positions no parameter has the axes; but one that is made of zeros for every head has the heads'.
+
+    So their axes are followed as far as they are pointwise.
+    """
+    pointwise = call is not None and not call.inplace and RULES.get(call.op) in (_unary, _broadcast)
+    if call is not None and pointwise and isinstance(value(node), Tensor):
+        operands = [axes.parameter(x) for x in call.arguments.values() if isinstance(x, Node | ops.Attr)]
+        shape = _shape(node)
+        if all(d is not None and len(d) <= len(shape) for d in operands):
+            return RULES[call.op](axes, node, call.arguments)
+    return _unknown(node, "")
 
 
 def _module_parameters(axes: Axes, node: Node) -> list[str]:
@@ -159,6 +176,19 @@ def _matmul(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     return [*batch, left[-2], right[-1]]
 
 
+_GROUPED = ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")
+
+
+def _grouped_product(axes: Axes, node: Node) -> Any:
+    """Rows (rows, in), sorted by expert, times the weights of the experts (experts, in, out)."""
+    rows, weight = axes.parameter(node.args[0]), axes.parameter(node.args[1])
+    if rows is None or weight is None or len(rows) != 2 or len(weight) != 3 or len(node.args) > 3:
+        return None
+    _axes.unify(rows[-1], weight[-2])
+    block(weight[0], "an expert is chosen by its number")
+    return [rows[0], weight[-1]]
+
+
 @_rule(words.conv1d, words.conv2d, words.conv3d)
 def _convolution(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     x, weight, bias = axes.parameter(a["input"]), axes.parameter(a["weight"]), axes.parameter(a["bias"])
@@ -188,6 +218,18 @@ def _embedding(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
         return None
     block(weight[0], "an embedding is looked up by it")
     return [*index, weight[1]]
+
+
+@_rule(words.index)
+def _index(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
+    """Rows picked by one tensor of numbers: the other axes are as they were."""
+    x, picks = axes.parameter(a["input"]), [i for i in a["indices"] if i is not None]
+    held = value(picks[0]) if len(picks) == 1 and isinstance(picks[0], Node) else None
+    if x is None or not isinstance(held, Tensor) or held.dtype == torch.bool:
+        return None
+    at = next(k for k, i in enumerate(a["indices"]) if i is not None)
+    block(x[at], "it is picked from by number")
+    return [*x[:at], *(fresh(n, "it is picked by number") for n in held.shape), *x[at + 1 :]]
 
 
 # --- normalisation and attention ------------------------------------------------------------------------------------
@@ -353,10 +395,13 @@ def _slice(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
 
 @_rule(words.cat)
 def _cat(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
-    parts = [axes.parameter(x) for x in a["tensors"] if isinstance(x, Node)]
+    joined = [x for x in a["tensors"] if not _is_nothing(x)]
+    parts = [axes.parameter(x) for x in joined if isinstance(x, Node)]
     known = [p for p in parts if p is not None]
-    if len(known) != len(a["tensors"]) or any(len(p) != len(known[0]) for p in known):
+    if not known or len(known) != len(joined) or any(len(p) != len(known[0]) for p in known):
         return None
+    if len(known) == 1:
+        return known[0]
     axis = a["dim"] % len(known[0])
     found = [list(d) for d in known[0]]
     for part in known[1:]:
@@ -370,6 +415,12 @@ def _cat(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     whole.kids = [_one(p[axis]) for p in known]
     found[axis] = [whole]
     return found
+
+
+def _is_nothing(x: Any) -> bool:
+    """Whether it is a tensor of shape (0,), which joins anything: an empty cache of keys and values begins as one."""
+    held = value(x) if isinstance(x, Node) else x
+    return isinstance(held, Tensor) and held.dim() == 1 and same(_axes.expression(held.shape[0]), 0)
 
 
 def _one(dim: Dim) -> Atom:

@@ -14,6 +14,9 @@ from fxopt import vocabulary as words
 from fxopt.transformations._axes import Atom, Axes, Dim, Dims, index_map, leaves, size_of
 from fxopt.transformations._restate import as_parameter, refresh, respell, with_tensors
 
+_SIZED = (words.view, words.reshape, words.expand, words.zeros, words.ones, words.empty, words.full)
+_SIZED += (words.new_zeros, words.new_ones)
+
 
 def cut(gm: GraphModule, axes: Axes, drop: Sequence[tuple[Atom, Sequence[int]]]) -> None:
     """Take units out of classes of axes, each given by its atom; ``axes`` are those of ``gm`` as it is."""
@@ -111,7 +114,7 @@ def _changes(axes: Axes, node: Node, call: ops.Call, kept: _Kept) -> dict[str, A
     """The arguments of ``node`` that say a size which is another one now."""
     a, dims = call.arguments, axes.of[node]
     for name in ("size", "shape"):
-        if call.op in (words.view, words.reshape, words.expand) and name in a:
+        if call.op in _SIZED and name in a:
             return {name: tuple(_size(n, d, kept) for n, d in zip(a[name], dims, strict=True))}
     if call.op is words.unflatten:
         start = a["dim"] % (len(dims) - len(a["sizes"]) + 1)

@@ -218,14 +218,14 @@ def captured(model: nn.Module, inputs: Any) -> GraphModule:
     """A capture without a cache of keys and values: as an output of the graph it would keep what makes it alive."""
     if isinstance(model, GraphModule):
         return model
-    settings = getattr(model, "config", None)
-    if not getattr(settings, "use_cache", False):
-        return capture(model, inputs)
-    settings.use_cache = False  # type: ignore[union-attr]
+    found = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
     try:
+        for settings in found.values():  # an encoder and a decoder have one of their own
+            settings.use_cache = False
         return capture(model, inputs)
     finally:
-        settings.use_cache = True  # type: ignore[union-attr]
+        for settings in found.values():
+            settings.use_cache = True
 
 
 def _check_paths(config: PruneConfig) -> None:
