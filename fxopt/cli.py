@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from fxopt.errors import FxoptError, UsageError, VerificationError
@@ -322,6 +323,9 @@ def prune(
     save: Annotated[Path | None, typer.Option(help="Write the result to this folder.")] = None,
     formats: Annotated[str, typer.Option(help="What to write: fxopt, pt2, onnx.")] = "fxopt",
     workers: Annotated[int, typer.Option(min=0, help="Processes to score in; 0 is this one.")] = 0,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Keep what was scored in this folder: the same call goes on from it.")
+    ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure on other data before and after.")] = True,
     device: Device = "cpu",
     max_length: MaxLength = None,
@@ -337,6 +341,7 @@ def prune(
     said |= {"max_length": max_length, "batch_size": batch_size}
     said |= {"importances_save_path": None if importances is None else str(importances)}
     said |= {"pruned_model_save_dir": None if save is None else str(save)}
+    said |= {"scratch_dir": None if scratch is None else str(scratch)}
     if list_ or picture is not None:
         _list_trees(what, picture, device, max_length, batch_size)
         return
@@ -344,7 +349,13 @@ def prune(
         config = pruning.PruneConfig.read(what)
     else:
         config = pruning.PruneConfig.of({"model": what, **said}, "the command line")
-    result = pruning.run(config, say=lambda line: err.print(line, highlight=False, markup=False))
+    with Progress(*Progress.get_default_columns(), console=err, transient=True) as bar:
+        scoring = bar.add_task("scoring", total=None)
+        result = pruning.run(
+            config,
+            say=lambda line: err.print(line, highlight=False, markup=False),
+            progress=lambda done, jobs: bar.update(scoring, completed=done, total=jobs),
+        )
     out.print(result.pruned)
     for name, value in result.after.items():
         line = f"{name}: {result.before[name]:.4g} -> {value:.4g} on data that no score has seen"

@@ -14,8 +14,8 @@ from fxopt import vocabulary as words
 from fxopt.transformations._axes import Atom, Axes, Dim, Dims, index_map, leaves, size_of
 from fxopt.transformations._restate import as_parameter, refresh, respell, with_tensors
 
-_SIZED = (words.view, words.reshape, words.expand, words.zeros, words.ones, words.empty, words.full)
-_SIZED += (words.new_zeros, words.new_ones)
+_SIZED = frozenset({words.view, words.reshape, words.expand, words.zeros, words.ones, words.empty, words.full})
+_SIZED |= {words.new_zeros, words.new_ones}
 
 
 def cut(gm: GraphModule, axes: Axes, drop: Sequence[tuple[Atom, Sequence[int]]]) -> None:

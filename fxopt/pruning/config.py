@@ -44,6 +44,8 @@ class PruneConfig:
     ``loss``: distance (from the dense outputs), loss (cross-entropy; of the next token in a language model) or
     error_rate.
     ``exclude``: words in module or parameter names that are not touched; ``types``: kinds of trees that are.
+    ``workers``: processes to score in; ``scratch_dir``: a folder in which what was scored is kept, so that a run that
+    was killed goes on.
     ``evaluate``: measure the loss before and after, on other data than the calibration's, or with ``lm_eval_tasks``.
     """
 
@@ -171,12 +173,16 @@ class Outcome:
 
 
 def run(
-    config: PruneConfig, evaluate: Callable[[Any], float] | None = None, say: Callable[[str], None] = print
+    config: PruneConfig,
+    evaluate: Callable[[Any], float] | None = None,
+    say: Callable[[str], None] = print,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """
     Load, capture, prune, evaluate and save as ``config`` says.
 
-    ``evaluate``: any function of a graph module, in place of the built-in losses.
+    ``evaluate``: any function of a graph module, in place of the built-in losses.  ``say`` is told of every tree that
+    goes, ``progress`` of the jobs of a round that are done, and their number.
     """
     _check_paths(config)
     model = frontend.load(config.model, config.device, None) if isinstance(config.model, str) else config.model
@@ -200,6 +206,7 @@ def run(
         directory=config.scratch_dir,
         evaluation=evaluation,
         say=say,
+        progress=progress,
     )
     written: list[Path] = []
     if config.importances_save_path is not None:
@@ -218,7 +225,8 @@ def captured(model: nn.Module, inputs: Any) -> GraphModule:
     """A capture without a cache of keys and values: as an output of the graph it would keep what makes it alive."""
     if isinstance(model, GraphModule):
         return model
-    found = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    held: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    found = {id(c): c for c in held if getattr(c, "use_cache", False)}
     try:
         for settings in found.values():  # an encoder and a decoder have one of their own
             settings.use_cache = False

@@ -160,6 +160,7 @@ def prune(
     directory: str | Path | None = None,
     evaluation: Calibration | None = None,
     say: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """
     Take trees out of ``gm``, each as a commit that can be undone alone.
@@ -170,6 +171,9 @@ def prune(
     ``loss``, measured anew in every round (greedy); "greedy" measures all; or any score of `fxopt.pruning.score`, once
     at the start for all that go (one-shot).  ``fit`` puts a fitted linear layer in the place of each.  ``kinds`` and
     ``exclude`` (words in module or parameter names) choose the trees.  ``evaluation`` must share no row with ``data``.
+    Losses are measured in ``workers`` processes or on any ``executor``; with ``directory``, what was measured is kept
+    there, and the same call goes on from it after it was killed.  ``progress`` is told how many jobs of the round, of
+    how many, are done.
     """
     _check(gm, target_sparsity, count_trees, iterations, by, data, evaluation)
     before, given = count(gm), data
@@ -177,7 +181,9 @@ def prune(
         data = data.with_outputs(gm)
     dense = mean_loss(gm, data, loss) if data is not None else math.nan
     found: list[Iteration] = []
-    options = _Options(by, loss, tuple(kinds), tuple(exclude), fit, per_ms, seed, workers, executor, directory)
+    options = _Options(
+        by, loss, tuple(kinds), tuple(exclude), fit, per_ms, seed, workers, executor, directory, progress
+    )
     goal = _Goal(before, target_sparsity, count_trees if count_trees is not None else iterations)
     reference = gm if data is None else _dense_copy(gm)
     while not goal.reached(gm, found):
@@ -228,6 +234,7 @@ class _Options:
     workers: int
     executor: Executor | None
     directory: str | Path | None
+    progress: Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
@@ -287,7 +294,7 @@ def _greedy(gm: GraphModule, known: Trees, data: Calibration | None, o: _Options
         places = _rank(influence), _rank(taylor)
         third = max(6, -(-len(asked) // 3))
         asked = sorted(asked, key=lambda t: min(p[t.id] for p in places))[:third]
-    found = loss_deltas(gm, asked, data, o.loss, o.executor, o.workers, o.directory)
+    found = loss_deltas(gm, asked, data, o.loss, o.executor, o.workers, o.directory, o.progress)
     if not o.per_ms:
         return found
     from fxopt.pruning.scores import milliseconds

@@ -69,6 +69,27 @@ class TestLoop:
             )
         assert losses[1] < losses[0]
 
+    def test_a_killed_run_goes_on_where_it_was(self, captured, data, tmp_path):
+        class Killed(Exception):
+            pass
+
+        def kill(done, jobs):
+            asked.append((done, jobs))
+            if len(asked) == 3:  # in the second round
+                raise Killed
+
+        asked = []
+        first, second = copy.deepcopy(captured), copy.deepcopy(captured)
+        options = {"count_trees": 3, "by": "greedy", "kinds": ("branch",), "fit": True, "directory": tmp_path}
+        with pytest.raises(Killed):
+            P.prune(copy.deepcopy(captured), data, progress=kill, **options)
+        assert asked == [(1, 2), (2, 2), (1, 2)]
+        again = []
+        P.prune(first, data, progress=lambda done, jobs: again.append((done, jobs)), **options)
+        assert again == [(2, 2), (1, 2), (2, 2)]
+        P.prune(second, data, **{**options, "directory": None})
+        assert first.code == second.code and torch.equal(first(X), second(X))
+
     def test_nothing_to_prune_is_said(self, data):
         gm = capture(nn.Linear(5, 3), (X,))
         found = P.prune(gm, data, count_trees=1, by="magnitude")
