@@ -24,7 +24,7 @@ from fxopt.transformations._memory import value
 Size = Any  # a number, or an expression of symbols
 Dim = list["Atom"]
 Dims = list[Dim]
-AxisKind = Literal["heads", "head_dim", "channels", "features", "width"]
+AxisKind = Literal["heads", "head_dim", "channels", "features", "width", "experts"]
 
 
 class Atom:
@@ -228,9 +228,15 @@ class AxisClass:
     attention: bool  # its units are heads or key/value groups
     unit_elements: int  # parameters that one unit has
     leaf: Atom = field(repr=False, compare=False)
+    least: int = 1  # units that have to stay: of experts, as many as a token is sent to
 
 
-_MARKS: tuple[tuple[str, AxisKind], ...] = (("norm", "width"), ("head_dim", "head_dim"), ("heads", "heads"))
+_MARKS: tuple[tuple[str, AxisKind], ...] = (
+    ("norm", "width"),
+    ("head_dim", "head_dim"),
+    ("heads", "heads"),
+    ("experts", "experts"),
+)
 
 
 class Axes:
@@ -244,6 +250,8 @@ class Axes:
         self.parameters: dict[int, tuple[str, Dims, Tensor]] = {}  # by identity, so that tied ones are one
         self.unknown: dict[str, str] = {}  # node -> what has no rule
         self.attentions: list[tuple[Node, Dim]] = []  # with the axis of its key/value heads
+        self.numbers: dict[Node, Dim] = {}  # values that are numbers of the units of an axis
+        self.least: list[tuple[Dim, int]] = []  # how many units of an axis have to stay
         self.calls = {n: ops.read(gm, n) for n in gm.graph.nodes}
         weighted: set[Node] = set()
         for node in gm.graph.nodes:
@@ -302,7 +310,8 @@ class Axes:
         for mark, named in _MARKS:
             kind = named if mark in leaf.tags else kind
         assert isinstance(leaf.size, int)
-        return AxisClass(name, kind, leaf.size, tuple(members), attention, elements, leaf)
+        least = max((n for d, n in self.least if any(x is leaf for a in d for x in leaves(a))), default=1)
+        return AxisClass(name, kind, leaf.size, tuple(members), attention, elements, leaf, least)
 
     def _count(self, dim: Dim, leaf: Atom) -> int:
         """How many indices of an axis one unit of ``leaf`` is."""

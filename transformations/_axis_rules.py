@@ -39,6 +39,7 @@ def apply(axes: Axes, node: Node, weighted: bool) -> Any:
     if call is not None and rule is not None and not call.inplace:
         found = rule(axes, node, call.arguments)
         if found is not None:
+            _follow_numbers(axes, node, call)
             return found
     elif held is None or isinstance(held, Tensor | tuple | list):
         axes.unknown[node.name] = str(call.op if call is not None else node.target)
@@ -48,6 +49,20 @@ def apply(axes: Axes, node: Node, weighted: bool) -> Any:
     for path in _module_parameters(axes, node):
         _block_all(axes.parameter(ops.Attr(path)), why)
     return _unknown(node, why)
+
+
+_SAME_NUMBERS = (words.view, words.reshape, words.flatten, words.to, words.contiguous)
+
+
+def _follow_numbers(axes: Axes, node: Node, call: ops.Call) -> None:
+    """Values that are numbers of units stay that in another shape or dtype."""
+    source = call.arguments.get("input")
+    if not isinstance(source, Node) or source not in axes.numbers:
+        return
+    # of what topk and sort give, the second are numbers from topk, the first from sort
+    second = (made := axes.calls.get(source)) is not None and made.op is words.topk
+    if call.op in _SAME_NUMBERS or (call.op is words.getitem and call.arguments["index"] == int(second)):
+        axes.numbers[node] = axes.numbers[source]
 
 
 def _mask(axes: Axes, node: Node, call: ops.Call | None) -> Any:
@@ -185,7 +200,13 @@ def _grouped_product(axes: Axes, node: Node) -> Any:
     if rows is None or weight is None or len(rows) != 2 or len(weight) != 3 or len(node.args) > 3:
         return None
     _axes.unify(rows[-1], weight[-2])
-    block(weight[0], "an expert is chosen by its number")
+    ends = axes.parameter(node.args[2]) if len(node.args) > 2 else None
+    if ends is not None and len(ends) == 1 and "experts" in find(ends[0][0]).tags:
+        _axes.unify(weight[0], ends[0])
+    else:
+        block(weight[0], "an expert is chosen by its number")
+    for dim in weight[1:]:
+        tag(dim, "hidden")
     return [rows[0], weight[-1]]
 
 
@@ -297,7 +318,64 @@ def _softmax(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     x = axes.parameter(a["input"])
     if x is None or a["dim"] is None:
         return None
-    block(x[a["dim"]], "a softmax sums over it")
+    if not _chosen_from(axes, node):
+        block(x[a["dim"]], "a softmax sums over it")
+    return x
+
+
+def _chosen_from(axes: Axes, node: Node) -> bool:
+    """Whether the probabilities only say which experts a token goes to: without an expert, it goes to the others."""
+    readers = [u for u in node.users if (c := axes.calls.get(u)) is None or c.op is not words.assert_tensor_metadata]
+    calls = [axes.calls.get(u) for u in readers]
+    if len(calls) != 1 or calls[0] is None:
+        return False
+    if calls[0].op is words.to:
+        return _chosen_from(axes, readers[0])
+    return calls[0].op is words.topk and calls[0].arguments["largest"]
+
+
+# --- experts: the best few of an axis, by number ----------------------------------------------------------------------
+
+
+@_rule(words.topk)
+def _topk(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
+    x, k = axes.parameter(a["input"]), a["k"]
+    source = axes.calls.get(a["input"])
+    if x is None or not isinstance(k, int) or not a["largest"] or source is None or source.op is not words.softmax:
+        return None
+    dim = x[a["dim"]]
+    if not isinstance(size_of(dim), int):
+        return None
+    tag(dim, "experts")
+    axes.least.append((dim, k))
+    axes.numbers[node] = dim
+    return _unknown(node, "they are the best of an axis")
+
+
+@_rule(words.sort)
+def _sort(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
+    x = axes.parameter(a["input"])
+    if x is None or a["input"] not in axes.numbers:
+        return None
+    axes.numbers[node] = axes.numbers[a["input"]]
+    return [x, x]
+
+
+@_rule(words.histc)
+def _histogram(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
+    """How often each unit was chosen: one bin for each."""
+    dim = axes.numbers.get(a["input"])
+    if dim is None or len(dim) != 1 or (a["bins"], a["min"], a["max"]) != (size_of(dim), 0, size_of(dim) - 1):
+        return None
+    return [dim]
+
+
+@_rule(words.cumsum)
+def _cumulated(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
+    """Up to a unit that is never chosen there are as many as up to the one before it."""
+    x = axes.parameter(a["input"])
+    if x is None or axes.calls[a["input"]] is None or axes.calls[a["input"]].op is not words.histc:  # type: ignore[union-attr]
+        return None
     return x
 
 

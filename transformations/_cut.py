@@ -122,6 +122,8 @@ def _changes(axes: Axes, node: Node, call: ops.Call, kept: _Kept) -> dict[str, A
         return {"sizes": tuple(_size(n, d, kept) for n, d in zip(a["sizes"], inner, strict=True))}
     if call.op in (words.layer_norm, words.rms_norm):
         return {"normalized_shape": (kept.size(dims[-1]),)}
+    if call.op is words.histc:
+        return {"bins": kept.size(dims[0]), "max": kept.size(dims[0]) - 1}
     if call.op in (words.split, words.chunk):
         axis = a["dim"] % len(dims[0])
         return {"split_size": tuple(kept.size(d[axis]) for d in dims)} if kept.has(axes.of[a["input"]][axis]) else {}

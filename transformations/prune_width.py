@@ -21,7 +21,7 @@ from fxopt.transformations._memory import effect
 from fxopt.transformations._trees import out_of_place
 from fxopt.transformations.make_out_of_place import MakeOutOfPlace
 
-KINDS = ("heads", "head_dim", "features", "channels", "width")
+KINDS = ("heads", "head_dim", "features", "channels", "width", "experts")
 
 __all__ = ["AxisClass", "PruneWidth", "axes", "choose", "magnitude"]
 
@@ -35,7 +35,8 @@ class PruneWidth(ReversibleTransformation):
     every operation.  ``ratio`` of the units go, in each class (``scope="layer"``) or, of all parameters, where they
     count least (``"global"``), and the number kept is rounded up to a multiple of ``round_to``.  What goes is what has
     the least norm; or exactly ``drop``, (class, units) pairs, where that is given.  ``kinds``: heads (with key/value
-    groups), head_dim, features, channels, width (the residual stream).  An operation without a rule blocks its axes.
+    groups), head_dim, features, channels, width (the residual stream), experts (a token goes to the best of
+    those that stay).  An operation without a rule blocks its axes.
     """
 
     ratio: float = 0.5
@@ -103,8 +104,9 @@ def _given(drop: Sequence[tuple[str, tuple[int, ...]]], classes: Mapping[str, Ax
             hint = f"did you mean {close[0]}? " if close else ""
             raise TransformationError(f"no class of axes is called {name!r}; {hint}see fxopt.pruning.axes(gm)")
         size = classes[name].size
-        if any(not 0 <= u < size for u in units) or len(set(units)) >= size:
-            raise TransformationError(f"{name} has {size} units, and {len(set(units))} were to go; keep at least one")
+        least = classes[name].least
+        if any(not 0 <= u < size for u in units) or size - len(set(units)) < least:
+            raise TransformationError(f"{name} has {size} units, and {units} were to go; keep at least {least} of them")
     return dict(drop)
 
 
@@ -134,7 +136,7 @@ def choose(
 ) -> dict[str, tuple[int, ...]]:
     """The units of each class that go: those with the lowest scores; of equal ones, the later."""
     if scope == "layer":
-        count = {c.id: c.size - _rounded(c.size - int(c.size * ratio), round_to, c.size) for c in classes}
+        count = {c.id: c.size - _rounded(c.size - int(c.size * ratio), round_to, c) for c in classes}
     else:
         count = _shared_out(classes, scores, ratio, round_to)
     going = {}
@@ -145,8 +147,8 @@ def choose(
     return going
 
 
-def _rounded(kept: int, round_to: int, size: int) -> int:
-    return min(size, max(1, -(-kept // round_to)) * round_to)
+def _rounded(kept: int, round_to: int, axis: AxisClass) -> int:
+    return min(axis.size, -(-max(kept, axis.least) // round_to) * round_to)
 
 
 def _shared_out(
@@ -160,7 +162,7 @@ def _shared_out(
     for _, name in units:
         if left <= 0:
             break
-        if count[name] < by[name].size - 1:
+        if count[name] < by[name].size - by[name].least:
             count[name] += 1
             left -= by[name].unit_elements
-    return {n: by[n].size - _rounded(by[n].size - gone, round_to, by[n].size) for n, gone in count.items()}
+    return {n: by[n].size - _rounded(by[n].size - gone, round_to, by[n]) for n, gone in count.items()}

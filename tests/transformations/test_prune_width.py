@@ -67,6 +67,11 @@ class Masked(Interpreter):
             value = torch.zeros_like(x)
             w, b = (None if t is None else t[last] for t in (weight, bias))
             value[..., last] = F.layer_norm(x[..., last], (int(last.sum()),), w, b, eps)
+        elif (
+            last is not None and not last.all() and name.startswith("aten.softmax")
+        ):  # a dropped expert is never chosen
+            x, *options = self.fetch_args_kwargs_from_env(n)[0]
+            value = torch.softmax(x.masked_fill(~last, -torch.inf), *options)
         else:
             value = super().run_node(n)
             if name.startswith("aten.mean"):
@@ -77,7 +82,7 @@ class Masked(Interpreter):
         return self.masked(value, dims)
 
     def masked(self, value, dims):
-        if not isinstance(value, torch.Tensor) or not isinstance(dims, list):
+        if not isinstance(value, torch.Tensor) or not isinstance(dims, list) or not value.is_floating_point():
             return value
         for axis, dim in enumerate(dims):
             there = self.kept(dim) if dim and not isinstance(dim[0], list) else None
@@ -161,6 +166,21 @@ class TestClasses:
         found = [c for c in axes(captured("mixtral")[0]) if c.kind == "features"]
         names = [{p.rpartition(".")[2] for p, _ in c.members} for c in found]
         assert names == [{"gate_up_proj", "down_proj"}] * 2
+
+    def test_experts_go_one_by_one_and_enough_of_them_stay(self):
+        gm, inputs = captured("mixtral")
+        found = [c for c in axes(gm) if c.kind == "experts"]
+        assert [(c.size, c.least, len(c.members)) for c in found] == [(4, 2, 3)] * 2
+        before = state(gm)
+        for drop in ((1,), (0, 3)):
+            assert difference(gm, inputs, found[0], drop) < 3e-6
+            assert gm.get_parameter("model.layers.0.mlp.experts.down_proj").shape[0] == 4 - len(drop)
+            history(gm).undo(0)
+            assert state(gm) == before
+        with pytest.raises(TransformationError, match="keep at least 2"):
+            PruneWidth(drop=((found[0].id, (0, 1, 2)),))(gm)
+        PruneWidth(0.9, kinds="experts")(gm)
+        assert gm.get_parameter("model.layers.1.mlp.gate.weight").shape[0] == 2
 
     def test_fused_projections_are_cut_in_all_three_parts(self):
         gm, _inputs = captured("gpt2")
