@@ -230,9 +230,8 @@ def summary(out: Path) -> None:
         rows = everything[name] = means(out, name)
         curves: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
-            family = (
-                row["name"].partition(",")[0].rpartition(" ")[0] if "," not in row["name"] else "fxopt depth and width"
-            )
+            family = row["name"].partition(", width")[0].rpartition(" ")[0]
+            family += " and width" * (", width" in row["name"])
             curves.setdefault(family or DENSE, []).append(row)
         for label, points in curves.items():
             points.sort(key=lambda r: r["ratio"])
@@ -287,7 +286,7 @@ def means(out: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def families() -> None:
+def families(wanted: Sequence[str]) -> None:
     """The built-in models, very small: what is found; each tree pruned, run and undone, some of them exported again."""
     from fxopt import models
     from fxopt.inputs import example_inputs
@@ -295,9 +294,8 @@ def families() -> None:
 
     print("| model | nodes | trees | axis classes | ms | pruned | exported again | undone |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in (
-        n for n in models.names() if n.removesuffix(models.TINY) in models.names() and n.endswith(models.TINY)
-    ):
+    tiny = [n for n in models.names() if n.removesuffix(models.TINY) in models.names() and n.endswith(models.TINY)]
+    for name in [f"{n}{models.TINY}" for n in wanted] or tiny:
         model = models.build(name)
         inputs = example_inputs(model, 2, 12)
         gm = without_cache(model, inputs)
@@ -337,6 +335,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "latency", "summary", "families"))
     parser.add_argument("task", nargs="?", choices=("a", "b"), default="a")
     parser.add_argument("seed", nargs="?", type=int, default=0)
+    parser.add_argument("--models", nargs="+", default=(), help="families: these alone, as bert-base")
     parser.add_argument("--out", type=Path, default=Path("pruning-results"))
     parser.add_argument("--train", type=float, default=110.0)
     parser.add_argument("--tune", type=float, default=5.0)
@@ -349,7 +348,7 @@ def main() -> None:
     elif a.what == "summary":
         summary(a.out)
     else:
-        families()
+        families(a.models)
 
 
 if __name__ == "__main__":
