@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from fxopt.errors import UsageError
 from fxopt.pruning.calibration import Calibration
 from fxopt.pruning.patched import Values
+from fxopt.transformations._memory import fixed, value
 from fxopt.transformations._stand_ins import assigned, stride_of
 from fxopt.transformations._trees import out_of_place
 from fxopt.transformations.prune_trees import Fit, Matching, PruningTree
@@ -32,6 +33,21 @@ def fits(gm: GraphModule, trees: Sequence[PruningTree], data: Calibration, ridge
     return [s.solve(t.id, ridge) for s, t in zip(_moments(gm, trees, data), trees, strict=True)]
 
 
+def can_fit(tree: PruningTree) -> bool:
+    """Whether a linear layer can stand in for ``tree``."""
+    return tree.kind not in ("heads", "cat") and not tree.graph
+
+
+def saved_by_fit(gm: GraphModule, tree: PruningTree) -> int:
+    """The parameters that are saved when a fitted linear layer stands in for ``tree``; all of it where none can."""
+    if not can_fit(tree):
+        return tree.elements
+    by = {n.name: value(n) for n in gm.graph.nodes if n.name in (tree.entry, tree.exit)}
+    axis = 1 if by[tree.exit].dim() == 4 else -1
+    inputs, outputs = (fixed(by[name].shape[axis]) for name in (tree.entry, tree.exit))
+    return 0 if inputs is None or outputs is None else tree.elements - (inputs + 1) * outputs
+
+
 def match(gm: GraphModule, tree: PruningTree, data: Calibration) -> Matching:
     """
     For every channel that ``tree`` gives the channel that it reads with which it is most correlated on ``data``.
@@ -47,7 +63,7 @@ def match(gm: GraphModule, tree: PruningTree, data: Calibration) -> Matching:
 
 def _moments(gm: GraphModule, trees: Sequence[PruningTree], data: Calibration) -> list[_Sums]:
     """Of what goes into each of ``trees`` and what comes out."""
-    wrong = next((t for t in trees if t.kind in ("heads", "cat") or t.graph), None)
+    wrong = next((t for t in trees if not can_fit(t)), None)
     if wrong is not None:
         raise UsageError(f"{wrong.id} is a tree of kind {wrong.kind}, which nothing can stand in for; leave it out")
     source = out_of_place(gm)

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -37,6 +38,7 @@ from fxopt.transformations.prune_trees import PruningTree
 
 _CHUNK = 8  # trees in a job
 _ALONE = threading.Lock()  # fake tensors and the number of threads are the whole process's
+_IDLE = 60  # seconds that workers wait for the next round, in which they need not be started again
 _LEFT = 3  # how often a pool that broke is made anew
 
 
@@ -89,7 +91,9 @@ def _loaded(graph: str) -> GraphModule:
 
 def _fresh(gm: GraphModule) -> GraphModule:
     """A copy in memory of its own: how a product is summed may depend on where its operands begin."""
-    return out_of_place(copy.deepcopy(gm))
+    with warnings.catch_warnings():  # torch's own, of how it copies the tree of a graph's inputs
+        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+        return out_of_place(copy.deepcopy(gm))
 
 
 @lru_cache(maxsize=1)
@@ -155,6 +159,7 @@ class _Pool:
 
     def __init__(self, executor: Executor | Callable[[], Executor] | None, workers: int) -> None:
         self._make: Callable[[], Executor] | None = None
+        self._stays = workers > 0
         if workers:
             self._make = lambda: _loky(workers)
         elif executor is not None and not isinstance(executor, Executor) and not hasattr(executor, "submit"):
@@ -181,7 +186,7 @@ class _Pool:
         self._executor = self._make()
 
     def close(self) -> None:
-        if self._make is not None and self._executor is not None:
+        if self._make is not None and self._executor is not None and not self._stays:
             self._executor.shutdown(wait=True)
 
 
@@ -190,7 +195,7 @@ def _loky(workers: int) -> Executor:
         import loky
     except ImportError as error:
         raise UsageError('scoring in several processes needs loky: pip install "fxopt[prune]"') from error
-    made: Executor = loky.ProcessPoolExecutor(max_workers=workers)
+    made: Executor = loky.get_reusable_executor(max_workers=workers, timeout=_IDLE)
     return made
 
 

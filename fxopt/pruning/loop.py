@@ -20,7 +20,7 @@ from fxopt.errors import UsageError
 from fxopt.history import commits, history
 from fxopt.pruning.calibration import Calibration, Loss, distance, mean_loss
 from fxopt.pruning.files import write_text
-from fxopt.pruning.fitting import fits
+from fxopt.pruning.fitting import can_fit, fits, saved_by_fit
 from fxopt.pruning.jobs import loss_deltas
 from fxopt.pruning.scores import SCORES, score
 from fxopt.text import to_html, to_text
@@ -169,7 +169,8 @@ def prune(
     parameters or ``count_trees`` trees have gone, or for ``iterations`` rounds of one tree.  ``by``: "default" keeps
     the third that block influence and Taylor rank lowest and takes, of these, the tree whose removal costs least
     ``loss``, measured anew in every round (greedy); "greedy" measures all; or any score of `fxopt.pruning.score`, once
-    at the start for all that go (one-shot).  ``fit`` puts a fitted linear layer in the place of each.  ``kinds`` and
+    at the start for all that go (one-shot).  ``fit`` puts a fitted linear layer in the place of each
+    that has more parameters than that (but heads and operands of concatenations go as they are).  ``kinds`` and
     ``exclude`` (words in module or parameter names) choose the trees.  ``evaluation`` must share no row with ``data``.
     Losses are measured in ``workers`` processes or on any ``executor``; with ``directory``, what was measured is kept
     there, and the same call goes on from it after it was killed.  ``progress`` is told how many jobs of the round, of
@@ -258,6 +259,8 @@ def _round(
     dense: GraphModule,
 ) -> Iteration | None:
     known = trees(gm).of_kind(*o.kinds).without(o.exclude)
+    if o.fit:  # what was fitted before is a tree too, and would be replaced by its like
+        known = Trees(tuple(t for t in known if saved_by_fit(gm, t) > 0), known.nodes, known.name, known.scores)
     if not len(known):
         return None
     if o.by in ("default", "greedy"):
@@ -272,7 +275,7 @@ def _round(
         going = _least(known, scores)
     if not going:
         return None
-    replaced = fits(gm, going, data) if o.fit and data is not None else []
+    replaced = fits(gm, [t for t in going if can_fit(t)], data) if o.fit and data is not None else []
     PruneTrees(tuple(going), tuple(replaced))(gm)
     loss = mean_loss(gm, data, o.loss, dense) if data is not None else math.nan
     return Iteration(known, scores, tuple(t.id for t in going), count(gm), loss)

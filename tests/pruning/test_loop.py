@@ -1,5 +1,6 @@
 import copy
 import csv
+import itertools
 import json
 import math
 import sys
@@ -68,6 +69,12 @@ class TestLoop:
                 P.prune(gm, data, count_trees=2, by="magnitude", kinds=("branch",), fit=fit).iterations[-1].loss
             )
         assert losses[1] < losses[0]
+
+    def test_what_was_fitted_is_not_fitted_again(self, gm, data):
+        found = P.prune(gm, data, count_trees=99, by="magnitude", kinds=("branch", "block", "norm", "heads"), fit=True)
+        left = [found.dense_parameters, *(i.parameters for i in found.iterations)]
+        assert all(b < a for a, b in itertools.pairwise(left)) and len(left) > 4
+        assert not any("fitted" in (t.root or "") for i in found.iterations for t in i.trees if t.id in i.removed)
 
     def test_a_killed_run_goes_on_where_it_was(self, captured, data, tmp_path):
         class Killed(Exception):
