@@ -3,6 +3,7 @@
     python benchmarks/pruning.py run a 0 --out DIR      # train, prune both ways, tune; a seed each
     python benchmarks/pruning.py latency --out DIR      # interleaved, all variants of both tasks and all seeds
     python benchmarks/pruning.py summary --out DIR      # the tables and the picture
+    python benchmarks/pruning.py all --out DIR          # three seeds of both tasks, latencies and summary, one by one
     python benchmarks/pruning.py families               # trees found, pruned, exported again and undone
 
 Training and tuning are given seconds of processor time on one thread, so that they do not depend on what else runs.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -332,7 +334,7 @@ def main() -> None:
     """Arguments."""
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "latency", "summary", "families"))
+    parser.add_argument("what", choices=("run", "latency", "summary", "all", "families"))
     parser.add_argument("task", nargs="?", choices=("a", "b"), default="a")
     parser.add_argument("seed", nargs="?", type=int, default=0)
     parser.add_argument("--models", nargs="+", default=(), help="families: these alone, as bert-base")
@@ -343,6 +345,12 @@ def main() -> None:
     a = parser.parse_args()
     if a.what == "run":
         run(a.task, a.seed, a.out, a.train, a.tune)
+    elif a.what == "all":
+        for seed, name in itertools.product(range(3), ("a", "b")):
+            if not (a.out / f"{name}-{seed}.json").exists():
+                run(name, seed, a.out, a.train, a.tune)
+        latency(a.out, a.rounds)
+        summary(a.out)
     elif a.what == "latency":
         latency(a.out, a.rounds)
     elif a.what == "summary":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import difflib
 import io
 import json
+import re
 import tomllib
 import types
 import typing
@@ -19,12 +21,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxopt import frontend, models
+from fxopt import frontend
 from fxopt.capture import capture
 from fxopt.delta import share
 from fxopt.errors import UsageError
 from fxopt.inputs import example_inputs, fitting_length, load_tokenizer
-from fxopt.pruning.calibration import LOSSES, Batch, Calibration, mean_loss
+from fxopt.pruning.calibration import LOSSES, Batch, Calibration, logits, mean_loss
 from fxopt.pruning.files import FORMATS, save_pruned, write_text
 from fxopt.pruning.loop import DEFAULT_KINDS, Pruned, prune
 from fxopt.pruning.scores import SCORES
@@ -46,7 +48,8 @@ class PruneConfig:
     ``exclude``: words in module or parameter names that are not touched; ``types``: kinds of trees that are.
     ``workers``: processes to score in; ``scratch_dir``: a folder in which what was scored is kept, so that a run that
     was killed goes on.
-    ``evaluate``: measure the loss before and after, on other data than the calibration's, or with ``lm_eval_tasks``.
+    ``evaluate``: measure the loss before and after, on data that are not the calibration's, or ``lm_eval_tasks`` (names
+    of tasks, or their .yaml files).
     """
 
     model: str | nn.Module
@@ -306,28 +309,51 @@ def _evaluated(
 def _lm_eval() -> Any:
     try:
         import lm_eval
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
     except ImportError as error:
         raise UsageError(
-            "lm_eval_tasks needs the package lm_eval: pip install lm_eval; or leave the field out"
+            f"lm_eval_tasks needs the package lm_eval ({error}): pip install lm_eval; or leave the field out"
         ) from error
     return lm_eval
 
 
 def _lm_eval_results(config: PruneConfig, gm: GraphModule) -> dict[str, float]:
     """The tasks' numbers by lm-eval's own Hugging Face adapter, the graph in the place of the model's forward."""
+    from transformers.modeling_outputs import CausalLMOutput
+
     lm_eval = _lm_eval()
-    model = models.load(str(config.model), config.device)
+    given = frontend.load(config.model, config.device, None) if isinstance(config.model, str) else config.model
+    model: Any = copy.copy(given)  # the given one keeps its forward
 
     def forward(input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import CausalLMOutput
-
         output = gm(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-        return CausalLMOutput(logits=output["logits"] if isinstance(output, Mapping) else output[0])
+        return CausalLMOutput(logits=logits(output))
 
     model.forward = forward
-    wrapped = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=config.tokenizer or str(config.model))
-    results = lm_eval.simple_evaluate(model=wrapped, tasks=list(config.lm_eval_tasks))["results"]
+    tokenizer = config.tokenizer or (config.model if isinstance(config.model, str) else "")
+    if not Path(tokenizer).is_dir():
+        raise UsageError(
+            f"lm_eval_tasks needs a tokenizer, and there is none in {tokenizer!r}; give the field tokenizer"
+        )
+    wrapped = lm_eval.models.huggingface.HFLM(
+        pretrained=model, tokenizer=load_tokenizer(tokenizer), batch_size=config.batch_size, device=config.device
+    )
+    files = [Path(t) for t in config.lm_eval_tasks if t.endswith((".yaml", ".yml"))]
+    manager = lm_eval.tasks.TaskManager(include_path=sorted({str(f.parent) for f in files}) or None)
+    names = [_task_name(Path(t)) if t.endswith((".yaml", ".yml")) else t for t in config.lm_eval_tasks]
+    if unknown := [n for n in names if n not in manager.all_tasks]:
+        raise UsageError(f"lm_eval_tasks: {unknown[0]!r} is no task of lm_eval; give one of its tasks, or a .yaml file")
+    results = lm_eval.simple_evaluate(model=wrapped, tasks=names, task_manager=manager)["results"]
     return {f"{t}/{n}": float(v) for t, found in results.items() for n, v in found.items() if isinstance(v, float)}
+
+
+def _task_name(path: Path) -> str:
+    """The name of a task that is a file."""
+    found = re.search(r"^task:\s*['\"]?([^'\"#\s]+)", path.read_text(), re.MULTILINE) if path.is_file() else None
+    if found is None:
+        raise UsageError(f"lm_eval_tasks: {str(path)!r} is no file with a line 'task: NAME'; give a task of lm_eval")
+    return found[1]
 
 
 def _write_results(path: Path, before: dict[str, float], after: dict[str, float], data: str) -> list[Path]:

@@ -8,7 +8,11 @@ import sys
 import onnx
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 import fxopt.pruning as P
 from fxopt import cli, models
@@ -211,6 +215,47 @@ class TestConfiguration:
         with pytest.raises(UsageError) as caught:
             PruneConfig.of(said)
         assert field in str(caught.value) and "\n" not in str(caught.value)
+
+    @pytest.mark.slow
+    def test_lm_eval_asks_the_graph(self, tmp_path):
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+        letters = {"<eos>": 0, "<unk>": 1} | {chr(97 + i): i + 2 for i in range(26)}
+        tokenizer = Tokenizer(WordLevel(letters, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = Split("", "isolated")
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+        fast.save_pretrained(tmp_path / "tokenizer")
+        rows = [{"question": "ab" + chr(97 + i), "choices": ["cd", "xyz"], "answer": i % 2} for i in range(6)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "letters.yaml").write_text(
+            f"""
+task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+        )
+        options = {"pruning_iterations": 2, "score": "magnitude", "evaluate": True}
+        options |= {"tokenizer": str(tmp_path / "tokenizer"), "lm_eval_tasks": (str(tmp_path / "letters.yaml"),)}
+        found = run(PruneConfig("gpt2-tiny", **options), say=lambda line: None)
+        model = models.build("gpt2-tiny")
+        right = 0
+        for row in rows:
+            said = []
+            for choice in row["choices"]:
+                ids = torch.tensor([fast(row["question"] + choice)["input_ids"]])
+                log = model(ids).logits[0].log_softmax(-1)
+                at = range(len(row["question"]), ids.shape[1])
+                said.append(sum(float(log[i - 1, ids[0, i]]) for i in at))
+            right += max((0, 1), key=said.__getitem__) == row["answer"]
+        assert found.before["letters/acc,none"] == pytest.approx(right / 6)
+        assert set(found.after) == set(found.before)
+        with pytest.raises(UsageError, match="no task of lm_eval"):
+            run(PruneConfig("gpt2-tiny", **{**options, "lm_eval_tasks": ("no such task",)}), say=lambda line: None)
 
     def test_any_function_evaluates(self):
         config = PruneConfig("mlp-tiny", pruning_iterations=1, score="magnitude", evaluate=True)

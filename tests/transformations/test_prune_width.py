@@ -159,7 +159,7 @@ class TestClasses:
         found = [c for c in axes(captured("t5-small")[0]) if c.kind == "heads"]
         mixed = [c for c in found if all("EncDecAttention" in p for p, _ in c.members)]
         shared = [c for c in found if any("relative_attention_bias" in p for p, _ in c.members)]
-        assert len(mixed) == len(shared) == 2  # an attention of its own in each block; one bias in each stack
+        assert len(mixed) == 1 and len(shared) == 2  # all read one mask of zeros for each head; one bias in each stack
         assert any("decoder" in p for p, _ in shared[1].members)
 
     def test_the_hidden_units_of_experts_go_in_all_of_them(self):
