@@ -25,7 +25,7 @@ from fxopt.transformations._stand_ins import (
     Fit,
     StandIn,
     Unequal,
-    fold_before,
+    fold_around,
     instead_of_layer,
     read_layer,
     replacement,
@@ -96,7 +96,7 @@ def remove(gm: GraphModule, name: str, part: str, given: StandIn | None, unequal
         instead = replacement(gm, ends.keep, ends.exit, given)
         _replace(gm, ends.exit, instead)
         if isinstance(given, Fit):
-            fold_before(gm, instead)
+            fold_around(gm, instead)
         return
     if ends.what == "heads":
         cut_groups(gm, {ends.exit.name: [ends.index]})

@@ -221,8 +221,14 @@ def fold(gm: GraphModule, layer: Layer) -> bool:
     return True
 
 
-def fold_before(gm: GraphModule, node: Node) -> None:
-    """Take into a linear layer the one that it alone reads, unless there is more to compute then."""
+def fold_around(gm: GraphModule, node: Node) -> None:
+    """Make one of a linear layer and those right before and after it, where there is no more to compute then."""
+    _fold_before(gm, node)
+    if len(node.users) == 1:
+        _fold_before(gm, next(iter(node.users)))
+
+
+def _fold_before(gm: GraphModule, node: Node) -> None:
     after = read_layer(gm, node)
     before = None if after is None else read_layer(gm, after.x)
     if after is None or before is None or len(before.weight) != after.weight.shape[1]:

@@ -248,7 +248,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
             said = []
             for choice in row["choices"]:
                 ids = torch.tensor([fast(row["question"] + choice)["input_ids"]])
-                log = model(ids).logits[0].log_softmax(-1)
+                log = model(ids).logits[0].detach().log_softmax(-1)
                 at = range(len(row["question"]), ids.shape[1])
                 said.append(sum(float(log[i - 1, ids[0, i]]) for i in at))
             right += max((0, 1), key=said.__getitem__) == row["answer"]
