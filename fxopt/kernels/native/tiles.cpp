@@ -14,26 +14,6 @@ namespace tiles {
 
 constexpr int64_t RANGE = 2 * AT_ONCE; // blocks of channels that are split, and multiplied, together
 
-static int64_t blocks(int64_t n) { return (n + SIDE - 1) / SIDE; }
-
-// Scratch memory that a thread keeps for its next call: fresh pages for a megabyte take as long as a small product.
-class Kept {
-  public:
-    ~Kept() { std::free(data_); }
-    template <typename T> T *at_least(size_t count) {
-        if (count * sizeof(T) > bytes_) {
-            std::free(data_);
-            bytes_ = (count * sizeof(T) + 63) / 64 * 64;
-            data_ = std::aligned_alloc(64, bytes_);
-        }
-        return static_cast<T *>(data_);
-    }
-
-  private:
-    void *data_ = nullptr;
-    size_t bytes_ = 0;
-};
-
 // The sizes of a product, in the order in which Python gives them; strides are those of the input, in elements.
 struct Sizes {
     int64_t batch, height, width, channels, by_image, by_row, by_pixel;
@@ -106,11 +86,6 @@ struct Plane {
     }
 };
 
-static void add(float *to, const float *sums) {
-    for (int64_t i = 0; i < BLOCK; i += 16)
-        _mm512_store_ps(to + i, _mm512_add_ps(_mm512_load_ps(to + i), _mm512_load_ps(sums + i)));
-}
-
 struct Product {
     const Sizes &z;
     const bf16 *weight;
@@ -166,35 +141,14 @@ static int64_t rows_of_chunk(const Sizes &z) {
     return rows < least ? least : rows > z.out_height ? z.out_height : rows;
 }
 
-// All steps of the row blocks i0 to i1, into `total`. The packed blocks of a few steps stay near while the rows pass by;
-// those of the next steps, which follow in memory, are brought meanwhile, as no prefetcher of a CPU goes beyond a page.
-static void multiply_rows(const bf16 *a, const int32_t *offset, int64_t stride, const bf16 *b, int64_t steps, int64_t i0,
-                          int64_t i1, int64_t pixels, float *sums, float *total) {
-    constexpr int64_t LINES = STEP * sizeof(bf16) / 64;
-    const int64_t lines = (LINES + i1 - i0 - 1) / (i1 - i0);
-    for (int64_t s = 0; s < steps; s += NEAR) {
-        const int64_t count = steps - s < NEAR ? steps - s : NEAR;
-        const bool start = s % AT_ONCE == 0, end = (s + NEAR) % AT_ONCE == 0 || s + NEAR >= steps;
-        float *const to = s < AT_ONCE ? total : sums;
-        const char *ahead = (const char *)(b + (s + count) * STEP);
-        for (int64_t i = i0; i < i1; i++, ahead += lines * count * 64) {
-            float *const at = to + (i - i0) * BLOCK;
-            if (pixels - i * SIDE > 16)
-                multiply<2>(a + i * BLOCK, offset + s, stride, b + s * STEP, count, start, at, ahead, lines);
-            else
-                multiply<1>(a + i * BLOCK, offset + s, stride, b + s * STEP, count, start, at, ahead, lines);
-            if (end && to != total)
-                add(total + (i - i0) * BLOCK, at);
-        }
-    }
-}
-
 static int product(const float *x, const Product &p, int threads) {
     const Sizes &z = p.z;
     const int64_t taps = z.taps_y * z.taps_x, all_channels = blocks(z.channels), columns = blocks(z.features);
     const int64_t chunk = rows_of_chunk(z), range = all_channels < RANGE ? all_channels : RANGE;
-    const Scratch offsets((taps * (range + 1) + z.stride_y * z.stride_x) * sizeof(int32_t));
-    int32_t *const offset = offsets.as<int32_t>(), *const tap = offset + taps * range;
+    const Scratch offsets((taps * (2 * range + 1) + z.stride_y * z.stride_x) * sizeof(int32_t));
+    int32_t *const offset = offsets.as<int32_t>(), *const in_order = offset + taps * range, *const tap = in_order + taps * range;
+    for (int64_t s = 0; s < taps * range; s++)
+        in_order[s] = (int32_t)s;
     const Plane plane(z, chunk, tap, tap + taps);
     const int64_t group = SIDE / plane.columns + 1;
     thread_local Kept room;
@@ -231,7 +185,7 @@ static int product(const float *x, const Product &p, int threads) {
                     for (int64_t t = all * me / team, end = all * (me + 1) / team; t < end;) {
                         const int64_t n = t / parts, i0 = t % parts, i1 = i0 + end - t < parts ? i0 + end - t : parts;
                         const bf16 *const b = p.weight + (c0 * columns + n * count) * taps * STEP;
-                        multiply_rows(split, offset, plane.room * SIDE, b, steps, i0, i1, pixels, sums, total);
+                        multiply_rows(split, offset, plane.room * SIDE, b, in_order, steps, i0, i1, pixels, sums, total);
                         for (int64_t i = i0; i < i1; i++)
                             p.keep(total + (i - i0) * BLOCK, image, row, rows, plane.columns, i * SIDE, n * SIDE,
                                    c0 == 0, c0 + count == all_channels);

@@ -11,8 +11,9 @@
 #pragma once
 #include "common.h"
 
-// The tile unit has to be asked of the kernel of the operating system, which is written for Linux alone.
-#if defined(__x86_64__) && defined(__linux__) &&                                                                       \
+// The tile unit has to be asked for at the operating system, which is written for Linux alone.
+#if defined(FXOPT_TILES)
+#elif defined(__x86_64__) && defined(__linux__) &&                                                                       \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 12))
 #define FXOPT_TILES 1
 #else
@@ -47,6 +48,8 @@ constexpr int64_t NEAR = 2;              // steps whose packed blocks stay in th
 #endif
 namespace fxopt {
 namespace tiles {
+
+static inline int64_t blocks(int64_t n) { return (n + SIDE - 1) / SIDE; }
 
 // Eight tiles of 16 rows of 64 bytes; per thread, released before the thread goes on.
 class Unit {
@@ -114,31 +117,110 @@ static inline int split_rows(const float *x, int64_t by_row, int64_t count, int6
     return refused;
 }
 
-// Packs the 32 × 32 block at `w`, whose element (n, k) is w[n * ldn + k * ldk], as the tile unit takes its right side:
-// for each part two tiles of 16 columns n, in rows of pairs of k.
-static inline int pack_block(const float *w, int64_t n, int64_t k, int64_t ldn, int64_t ldk, bf16 *out) {
+// Transposes 16 × 16 elements of 32 bits.
+static FXOPT_INLINE void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+// Packs the n × k block at `w`, whose element (n, k) is w[n * ldn + k], as the tile unit takes its right side: for each
+// part two tiles of 16 columns n, in rows of pairs of k. Beyond n and k there are zeros.
+static inline int pack_rows(const float *w, int64_t n, int64_t k, int64_t ldn, bf16 *out) {
     int refused = 0;
-    alignas(64) float row[SIDE];
-    alignas(64) uint32_t pairs[PARTS][16];
-    for (int64_t j = 0; j < SIDE; j++) {
-        for (int64_t i = 0; i < SIDE; i++)
-            row[i] = j < n && i < k ? w[j * ldn + i * ldk] : 0.0f;
-        refused |= split_row(row, SIDE, (bf16 *)pairs, SIDE);
+    alignas(64) bf16 rows[PARTS][16][SIDE];
+    for (int64_t half = 0; half < 2; half++) {
+        const int64_t count = n - half * 16 < 0 ? 0 : n - half * 16 < 16 ? n - half * 16 : 16;
+        memset(rows, 0, sizeof(rows));
+        refused |= split_rows(w + half * 16 * ldn, ldn, k, count, rows[0][0], 16 * SIDE);
         for (int64_t p = 0; p < PARTS; p++) {
-            uint32_t *const column = (uint32_t *)(out + p * BLOCK + j / 16 * HALF) + j % 16;
-            for (int64_t i = 0; i < 16; i++)
-                column[i * 16] = pairs[p][i];
+            __m512i r[16];
+            for (int i = 0; i < 16; i++)
+                r[i] = _mm512_load_si512(rows[p][i]);
+            transpose(r);
+            for (int i = 0; i < 16; i++)
+                _mm512_store_si512(out + p * BLOCK + half * HALF + i * SIDE, r[i]);
         }
     }
     return refused;
 }
 
-// Adds to sums (32, 32), or makes them if `start`, the products of `steps` pairs of blocks: a row block at a + offset[s],
-// whose parts are `stride` apart, and the packed block at b + s * STEP. HALVES 1 is for the first 16 rows alone.
+// As `pack_rows`, of the transpose: element (n, k) is w[k * ldk + n].
+static inline int pack_columns(const float *w, int64_t n, int64_t k, int64_t ldk, bf16 *out) {
+    int refused = 0;
+    alignas(64) bf16 rows[PARTS][2][SIDE];
+    alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first_half = _mm512_load_si512(low);
+    const __m512i second_half = _mm512_add_epi16(first_half, _mm512_set1_epi16(16));
+    for (int64_t pair = 0; pair < 16; pair++) {
+        const int64_t left = k - 2 * pair < 0 ? 0 : k - 2 * pair < 2 ? k - 2 * pair : 2;
+        if (left < 2)
+            memset(rows, 0, sizeof(rows));
+        refused |= split_rows(w + 2 * pair * ldk, ldk, n, left, rows[0][0], 2 * SIDE);
+        for (int64_t p = 0; p < PARTS; p++) {
+            const __m512i a = _mm512_load_si512(rows[p][0]), b = _mm512_load_si512(rows[p][1]);
+            bf16 *const to = out + p * BLOCK + pair * SIDE;
+            _mm512_store_si512(to, _mm512_permutex2var_epi16(a, first_half, b));
+            _mm512_store_si512(to + HALF, _mm512_permutex2var_epi16(a, second_half, b));
+        }
+    }
+    return refused;
+}
+
+// As `pack_rows`, of any strides: element (n, k) is w[n * ldn + k * ldk].
+static inline int pack_block(const float *w, int64_t n, int64_t k, int64_t ldn, int64_t ldk, bf16 *out) {
+    if (ldk == 1)
+        return pack_rows(w, n, k, ldn, out);
+    if (ldn == 1)
+        return pack_columns(w, n, k, ldk, out);
+    alignas(64) float copy[SIDE][SIDE];
+    for (int64_t i = 0; i < SIDE; i++)
+        for (int64_t j = 0; j < SIDE; j++)
+            copy[i][j] = i < n && j < k ? w[i * ldn + j * ldk] : 0.0f;
+    return pack_rows(copy[0], SIDE, SIDE, SIDE, out);
+}
+
+// Splits the transpose of n × k elements, element (n, k) at w[k * ldk + n], as the tile unit takes its left side: for
+// each part 32 rows n of 32 k.
+static inline int split_columns(const float *w, int64_t n, int64_t k, int64_t ldk, bf16 *out) {
+    alignas(64) float turned[SIDE][SIDE];
+    for (int64_t i = 0; i < 2; i++)
+        for (int64_t j = 0; j < 2; j++) {
+            __m512i r[16];
+            for (int64_t row = 0; row < 16; row++)
+                r[row] = j * 16 + row < k ? _mm512_maskz_loadu_epi32(first(n - i * 16), w + (j * 16 + row) * ldk + i * 16)
+                                          : _mm512_setzero_si512();
+            transpose(r);
+            for (int64_t row = 0; row < 16; row++)
+                _mm512_store_si512(turned[i * 16 + row] + j * 16, r[row]);
+        }
+    return split_rows(turned[0], SIDE, SIDE, SIDE, out, BLOCK);
+}
+
+// Adds to sums (32, 32), or makes them if `start`, the products of `steps` pairs of blocks: a row block at row
+// a_offset[s] of `a`, whose parts are `stride` apart, and packed block b_offset[s] of `b`. HALVES 1 is for the first 16 rows alone.
 // Meanwhile `lines` cache lines a step are brought near from `ahead` on.
 template <int HALVES>
-static FXOPT_INLINE void multiply(const bf16 *a, const int32_t *offset, int64_t stride, const bf16 *b, int64_t steps,
-                                  bool start, float *sums, const char *ahead, int64_t lines) {
+static FXOPT_INLINE void multiply(const bf16 *a, const int32_t *a_offset, int64_t stride, const bf16 *b,
+                                  const int32_t *b_offset, int64_t steps, bool start, float *sums, const char *ahead, int64_t lines) {
     if (start) {
         _tile_zero(0);
         _tile_zero(1);
@@ -154,8 +236,8 @@ static FXOPT_INLINE void multiply(const bf16 *a, const int32_t *offset, int64_t 
             _tile_loadd(3, sums + 768, 64);
         }
     }
-    for (int64_t s = 0; s < steps; s++, b += STEP) {
-        const bf16 *const rows = a + (int64_t)offset[s] * SIDE;
+    for (int64_t s = 0; s < steps; s++) {
+        const bf16 *const rows = a + (int64_t)a_offset[s] * SIDE, *const columns = b + (int64_t)b_offset[s] * STEP;
         for (const char *const end = ahead + lines * 64; ahead < end; ahead += 64)
             _mm_prefetch(ahead, _MM_HINT_T1);
 #define FXOPT_ROWS(p)                                                                                                  \
@@ -163,8 +245,8 @@ static FXOPT_INLINE void multiply(const bf16 *a, const int32_t *offset, int64_t 
     if (HALVES == 2)                                                                                                   \
         _tile_loadd(5, rows + (p) * stride + HALF, 64);
 #define FXOPT_COLUMNS(p)                                                                                               \
-    _tile_loadd(6, b + (p) * BLOCK, 64);                                                                               \
-    _tile_loadd(7, b + (p) * BLOCK + HALF, 64);
+    _tile_loadd(6, columns + (p) * BLOCK, 64);                                                                               \
+    _tile_loadd(7, columns + (p) * BLOCK + HALF, 64);
 #define FXOPT_PRODUCTS                                                                                                 \
     _tile_dpbf16ps(0, 4, 6);                                                                                           \
     _tile_dpbf16ps(1, 4, 7);                                                                                           \
@@ -189,6 +271,52 @@ static FXOPT_INLINE void multiply(const bf16 *a, const int32_t *offset, int64_t 
         _tile_stored(3, sums + 768, 64);
     }
 }
+
+static FXOPT_INLINE void add(float *to, const float *sums) {
+    for (int64_t i = 0; i < BLOCK; i += 16)
+        _mm512_store_ps(to + i, _mm512_add_ps(_mm512_load_ps(to + i), _mm512_load_ps(sums + i)));
+}
+
+// All steps of the row blocks i0 to i1 of those over `rows` rows, into `total`. The packed blocks of a few steps stay near while the rows pass by;
+// those that follow in memory, mostly the next ones, are brought meanwhile, as no prefetcher of a CPU goes beyond a page.
+static inline void multiply_rows(const bf16 *a, const int32_t *a_offset, int64_t stride, const bf16 *b,
+                                 const int32_t *b_offset, int64_t steps, int64_t i0, int64_t i1, int64_t rows, float *sums, float *total) {
+    constexpr int64_t LINES = STEP * sizeof(bf16) / 64;
+    const int64_t lines = (LINES + i1 - i0 - 1) / (i1 - i0);
+    for (int64_t s = 0; s < steps; s += NEAR) {
+        const int64_t count = steps - s < NEAR ? steps - s : NEAR;
+        const bool start = s % AT_ONCE == 0, end = (s + NEAR) % AT_ONCE == 0 || s + NEAR >= steps;
+        float *const to = s < AT_ONCE ? total : sums;
+        const char *ahead = (const char *)(b + ((int64_t)b_offset[s + count - 1] + 1) * STEP);
+        for (int64_t i = i0; i < i1; i++, ahead += lines * count * 64) {
+            float *const at = to + (i - i0) * BLOCK;
+            if (rows - i * SIDE > 16)
+                multiply<2>(a + i * BLOCK, a_offset + s, stride, b, b_offset + s, count, start, at, ahead, lines);
+            else
+                multiply<1>(a + i * BLOCK, a_offset + s, stride, b, b_offset + s, count, start, at, ahead, lines);
+            if (end && to != total)
+                add(total + (i - i0) * BLOCK, at);
+        }
+    }
+}
+
+// Scratch memory that a thread keeps for its next call: fresh pages for a megabyte take as long as a small product.
+class Kept {
+  public:
+    ~Kept() { std::free(data_); }
+    template <typename T> T *at_least(size_t count) {
+        if (count * sizeof(T) > bytes_) {
+            std::free(data_);
+            bytes_ = (count * sizeof(T) + 63) / 64 * 64;
+            data_ = std::aligned_alloc(64, bytes_);
+        }
+        return static_cast<T *>(data_);
+    }
+
+  private:
+    void *data_ = nullptr;
+    size_t bytes_ = 0;
+};
 
 } // namespace tiles
 } // namespace fxopt
