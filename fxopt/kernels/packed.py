@@ -8,8 +8,9 @@ compute, where that is the fastest, by tiles (`fxopt.kernels.tiles`): no less ac
 
 These operators take the *plain* weight, and hold its packed copy in a cache beside the model, not in it
 (`fxopt.kernels.layouts`). So the graph module keeps its own parameters and nothing else: `state_dict`, `deepcopy`,
-`save_pretrained` and `.to()` meet no opaque tensor (torch can neither copy, save, cast nor compare one), and undoing the
-pass puts back nothing. The cache is never stale in silence, and a weight is packed at its second call in the same state.
+`save_pretrained` and `.to()` meet no opaque tensor (torch can neither copy, save, cast nor compare one), and undoing
+the pass puts back nothing. The cache is never stale in silence, and a weight is packed at its second call in the same
+state.
 
 Whatever packing does not serve runs the plain operators: gradients, other devices and dtypes, autocast, and numbers of
 rows for which MKL, which packs at every call, is the faster one (see `rows`). All ways are within rounding of each
