@@ -42,9 +42,9 @@ from fxopt.transformations import EliminateNoOps
 
 RATIOS = (0.15, 0.3, 0.45, 0.6, 0.75)
 DENSE, PEER = "dense", "Torch-Pruning Taylor"
-STEPS = {"a": (4, 8, 10, 12), "b": (1, 2, 3, 4)}  # trees removed
+STEPS = {"a": (4, 8, 10, 12), "b": (2, 3, 4, 5, 6)}  # trees removed
 BARE = {"a": (8, 12), "b": (3,)}  # of these, shown with nothing in the place of the trees too
-CUT = {"a": ((8, 0.5),), "b": ((0, 0.3), (2, 0.3), (3, 0.5))}  # trees removed, then this share of the widths
+CUT = {"a": ((8, 0.5),), "b": ((0, 0.3), (4, 0.3))}  # trees removed, then this share of the widths
 STAGES = ("before", "estimated", "after")  # untuned, with batch statistics estimated again, tuned
 EXPORTED = 4  # trees of a family whose removal is exported again
 PLAIN = ("magnitude", "block_influence", "taylor")  # one-shot scores, shown untuned
