@@ -349,7 +349,7 @@ def prune(
         config = pruning.PruneConfig.read(what)
     else:
         config = pruning.PruneConfig.of({"model": what, **said}, "the command line")
-    with Progress(*Progress.get_default_columns(), console=err, transient=True) as bar:
+    with Progress(*Progress.get_default_columns(), console=err, transient=True, disable=not err.is_terminal) as bar:
         scoring = bar.add_task("scoring", total=None)
         result = pruning.run(
             config,

@@ -76,6 +76,7 @@ class Pruned:
     iterations: tuple[Iteration, ...]
     dense_loss: float = math.nan
     data: str = ""  # the hash of the calibration data
+    note: str = ""  # why less was removed than was asked for
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -115,6 +116,7 @@ class Pruned:
             "dense_loss": None if math.isnan(self.dense_loss) else self.dense_loss,
             "calibration": self.data,
             "removed": list(self.removed),
+            "note": self.note,
             "iterations": [i.to_json() for i in self.iterations],
         }
 
@@ -123,7 +125,8 @@ class Pruned:
 
     def __rich__(self) -> Table:
         said = f"{len(self.removed)} trees removed, {self.dense_parameters:,} -> {self.parameters:,} parameters"
-        title = Text(f"{said} ({self.sparsity:.1%} fewer)" if self.removed else "no tree was removed")
+        said = f"{said} ({self.sparsity:.1%} fewer)" if self.removed else "no tree was removed"
+        title = Text(f"{said}: {self.note}" if self.note else said)
         table = Table("", "tree", "kind", "module", "parameters", "score", "loss after", title=title)
         number = 0
         for iteration in self.iterations:
@@ -182,6 +185,7 @@ def prune(
         data = data.with_outputs(gm)
     dense = mean_loss(gm, data, loss) if data is not None else math.nan
     found: list[Iteration] = []
+    note = ""
     options = _Options(
         by, loss, tuple(kinds), tuple(exclude), fit, per_ms, seed, workers, executor, directory, progress
     )
@@ -190,11 +194,14 @@ def prune(
     while not goal.reached(gm, found):
         iteration = _round(gm, data, options, goal, found, reference)
         if iteration is None:
+            note = _why_none(gm, options)
+            if say is not None:
+                say(note)
             break
         found.append(iteration)
         if say is not None:
             say(f"{', '.join(iteration.removed)}: {iteration.parameters:,} parameters, loss {iteration.loss:.4g}")
-    return Pruned(gm, before, tuple(found), dense, "" if given is None else given.hash)
+    return Pruned(gm, before, tuple(found), dense, "" if given is None else given.hash, note)
 
 
 def restore(gm: GraphModule, tree: str | PruningTree) -> GraphModule:
@@ -279,6 +286,20 @@ def _round(
     PruneTrees(tuple(going), tuple(replaced))(gm)
     loss = mean_loss(gm, data, o.loss, dense) if data is not None else math.nan
     return Iteration(known, scores, tuple(t.id for t in going), count(gm), loss)
+
+
+def _why_none(gm: GraphModule, o: _Options) -> str:
+    """Why no tree is left to go, for one who asked for more."""
+    known = trees(gm)
+    mine = known.of_kind(*o.kinds)
+    if not len(mine):
+        return f"of the {len(known)} trees that are there, none is of kind {' or '.join(o.kinds)}; name other kinds"
+    left = mine.without(o.exclude)
+    if not len(left):
+        return f"all {len(mine)} trees of these kinds are excluded"
+    if o.fit and all(saved_by_fit(gm, t) <= 0 for t in left):
+        return f"a fitted layer would be no smaller than any of the {len(left)} trees that are left"
+    return f"the score {o.by} is not defined for the {len(left)} trees that are left; choose another"
 
 
 def _least(known: Trees, scores: dict[str, float]) -> list[PruningTree]:

@@ -104,7 +104,14 @@ class TestLoop:
     def test_nothing_to_prune_is_said(self, data):
         gm = capture(nn.Linear(5, 3), (X,))
         found = P.prune(gm, data, count_trees=1, by="magnitude")
-        assert not found.removed and "no tree was removed" in repr(found)
+        assert not found.removed and "no tree was removed: of the 1 trees that are there" in repr(found)
+
+    def test_less_than_was_asked_for_is_said(self, gm, data):
+        said = []
+        found = P.prune(gm, data, target_sparsity=0.99, by="magnitude", kinds=("branch",), say=said.append)
+        assert found.sparsity < 0.99 and said[-1] == found.note and "name other kinds" in found.note
+        again = P.prune(gm, data, count_trees=1, by="magnitude", kinds=("layer",), exclude=("embed", "head"))
+        assert again.note == "all 2 trees of these kinds are excluded" and "excluded" in repr(again)
 
     @pytest.mark.parametrize(
         ("options", "said"),
