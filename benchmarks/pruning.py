@@ -272,7 +272,7 @@ def means(out: Path, name: str) -> list[dict[str, Any]]:
         made["spread"] = statistics.stdev(r["after"][0] for r in same) if len(same) > 1 else 0.0
         rows.append(made)
         said = [f"{made['before'][0]:.3f}", *([f"{made['estimated'][0]:.3f}"] if again else [])]
-        said += [f"{made['after'][0]:.3f}", f"{made['spread']:.3f}"]
+        said += [f"{made['after'][0]:.3f}", f"{made['spread']:.3f}" if len(same) > 1 else "one seed"]
         said += [f"{made['estimated'][1]:.3f}", f"{made['after'][1]:.3f}"]
         print(f"| {row['name']} | {made['ratio']:.3f} | {' | '.join(said)} |")
     print("\none-shot, untuned, nothing in their place, seed 0:")

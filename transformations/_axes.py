@@ -232,6 +232,7 @@ class AxisClass:
 
 
 _MARKS: tuple[tuple[str, AxisKind], ...] = (
+    ("hidden", "features"),
     ("norm", "width"),
     ("head_dim", "head_dim"),
     ("heads", "heads"),

@@ -41,7 +41,7 @@ def apply(axes: Axes, node: Node, weighted: bool) -> Any:
         if found is not None:
             _follow_numbers(axes, node, call)
             return found
-    elif held is None or isinstance(held, Tensor | tuple | list):
+    if held is None or isinstance(held, Tensor | tuple | list):
         axes.unknown[node.name] = str(call.op if call is not None else node.target)
     why = f"{call.op if call is not None else node.target} has it"
     for source in node.all_input_nodes:
