@@ -91,6 +91,8 @@ def bisect(
     asked = check if isinstance(check, Check) else checks.make(check, gm, example_inputs, rtol, atol)
     path = None if directory is None else folder_at(directory, "bisect") / JOURNAL
     search = _Search(gm, Trials(gm, flat(pipeline)), asked, say or (lambda line: None), repeat)
+    if resume and path is not None and not path.exists():
+        search.say(f"{path} is not there: nothing to resume, it begins anew")
     search.journal = Journal(path, search.about() | asked.about(), resume)
     return search.run((rtol, atol), confirm)
 

@@ -271,7 +271,7 @@ def bisect(
             if name in tried or (graph is not None and name != graph):
                 continue
             tried.append(name)
-            say(f"{name}: {len(gm.graph.nodes)} nodes, {len(steps)} transformations")
+            say(f"{name}: {len(gm.graph.nodes)} nodes, {len(steps)} transformation{'s' * (len(steps) != 1)}")
             asked = check if script is None else ByScript(script, gm, inputs)
             place = out if name == "forward" or out is None else out / name.replace(" ", "-")
             result = bisect_graph(

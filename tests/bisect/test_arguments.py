@@ -84,7 +84,9 @@ def test_it_goes_on_from_its_journal(tmp_path):
         asked.append(graph)
         return verify(gm, graph, inputs).ok
 
-    whole = fxopt.bisect(gm, steps, check, inputs, directory=tmp_path, confirm=False)
+    told = []
+    whole = fxopt.bisect(gm, steps, check, inputs, directory=tmp_path, resume=True, confirm=False, say=told.append)
+    assert told[0] == f"{tmp_path / JOURNAL} is not there: nothing to resume, it begins anew"
     count = len(asked)
     lines = (tmp_path / JOURNAL).read_text().splitlines()
     count -= 4  # what is asked for the reproducer is no probe
