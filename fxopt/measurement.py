@@ -153,6 +153,7 @@ class Comparison:
         return {
             "verdict": self.verdict,
             "ratio": self.ratio,
+            "typical": list(self.typical),
             "interval": [_plain(bound) for bound in self.interval],
             "confidence": CONFIDENCE,
             "rounds": len(self.ratios),
