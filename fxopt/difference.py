@@ -231,7 +231,7 @@ _COLOURS: Mapping[str, str] = {
 
 def _html_row(row: Row) -> str:
     cells = [SIGNS[row.kind], *(line.text if line else "" for line in (row.before, row.after)), ", ".join(row.by)]
-    style = f"background:{_COLOURS[row.kind]};text-align:left;vertical-align:top"
+    style = f"background:{_COLOURS[row.kind]};text-align:left;vertical-align:top;padding:0 .5em"
     return f"<tr>{''.join(f'<td style={style!r}>{_escape(cell)}</td>' for cell in cells)}</tr>"
 
 
