@@ -297,7 +297,9 @@ def matched_channels(gm: GraphModule, keep: Node, exit: Node, axis: int, index: 
     """
     there, here = value(keep), value(exit)
     inputs, features = there.shape[axis], here.shape[axis]
-    if len(index) != features or bool((index >= inputs).any()) or there.shape[:axis] != here.shape[:axis]:
+    if [str(n) for n in _beside(there, axis)] != [str(n) for n in _beside(here, axis)]:
+        raise TransformationError(f"{exit} changes more than the channels of {keep}; fit it, or say unequal='low_rank'")
+    if len(index) != features or bool((index >= inputs).any()):
         raise TransformationError(f"{exit}: {len(index)} channels were matched, and it gives {features} of {inputs}")
     used = index[index >= 0]
     if len(used.unique()) < len(used):
@@ -312,6 +314,11 @@ def matched_channels(gm: GraphModule, keep: Node, exit: Node, axis: int, index: 
     if index.tolist() == list(range(int(value(keep).shape[axis]))):
         return keep
     return _picked(gm, keep, exit, axis, index)
+
+
+def _beside(x: torch.Tensor, axis: int) -> list[Any]:
+    """The sizes of the other axes."""
+    return [n for i, n in enumerate(x.shape) if i != x.dim() + axis]
 
 
 def _cut_channels(gm: GraphModule, node: Node, axis: int, gone: Sequence[int]) -> bool:

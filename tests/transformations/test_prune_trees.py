@@ -374,6 +374,13 @@ class TestLayers:
         PruneTrees((tree,), fits=(found,)).reverse(gm)
         assert state(gm) == before and torch.equal(gm(x), output)
 
+    def test_a_strided_convolution_has_no_matching(self):
+        x = torch.randn(4, 3, 8, 8)
+        gm = capture(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, padding=1)), (x,))
+        tree = next(t for t in trees(gm) if t.features == (4, 6))
+        with pytest.raises(TransformationError, match="changes more than the channels"):
+            PruneTrees((tree,), fits=(P.match(gm, tree, P.Calibration.of([x])),))(gm)
+
     def test_a_matching_that_does_not_fit_is_refused(self, two):
         gm, _ = two
         last = next(t for t in trees(gm) if t.features == (4, 9))
