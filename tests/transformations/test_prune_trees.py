@@ -342,7 +342,7 @@ class TestLayers:
         assert matched(weight).tolist() == [4, 0, 2]
 
     @pytest.mark.parametrize(("inputs", "features"), ((12, 6), (6, 12)))
-    def test_the_difference_is_pruned_and_the_rest_is_the_identity(self, inputs, features):
+    def test_the_difference_is_pruned_and_the_rest_is_the_identity(self, inputs, features, tmp_path):
         torch.manual_seed(1)
         model = nn.Sequential(
             nn.Linear(5, inputs), nn.GELU(), nn.Linear(inputs, features), nn.GELU(), nn.Linear(features, 3)
@@ -371,6 +371,11 @@ class TestLayers:
         expected = F.linear(F.gelu(hidden[:, channels[kept]]), model[4].weight[:, kept], model[4].bias)
         torch.testing.assert_close(gm(x), expected)
         assert max(max(p.shape) for p in gm.parameters()) == 6 and sum(p.dim() == 2 for p in gm.parameters()) == 2
+        save(gm, tmp_path / "m")
+        again = load(tmp_path / "m")
+        assert torch.equal(again(x), gm(x))
+        history(again).undo(0)
+        assert torch.equal(again(x), output)
         PruneTrees((tree,), fits=(found,)).reverse(gm)
         assert state(gm) == before and torch.equal(gm(x), output)
 
