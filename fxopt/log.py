@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import operator
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxopt.delta import Delta, diff, keep_name, plain_meta
 from fxopt.errors import TransformationError
 from fxopt.forward import quicken
-from fxopt.snapshot import Record, Snapshot, by_name, by_node, graphs, snapshot
+from fxopt.snapshot import Record, Slot, Snapshot, by_name, by_node, graphs, snapshot
 from fxopt.split import Part, joined, split, whole
 from fxopt.watch import name_alike
 
@@ -147,6 +148,30 @@ def store(gm: GraphModule, found: tuple[Commit, ...], last: Snapshot, pending: t
     """Keep ``found`` as the history of ``gm``, which is as ``last`` says, ``pending`` in it since the last commit."""
     gm.meta[_KEY] = found
     gm.meta[_WORK] = Work(pending, last)
+
+
+def repoint(gm: GraphModule, old: torch.Tensor, new: torch.Tensor) -> None:
+    """
+    Let the history of ``gm`` say of ``new``, with which an edit was carried back, what it says of ``old``.
+
+    An earlier commit that made ``old`` has made ``new`` then, edited since: undoing it is asked the same question.
+    """
+
+    def seen(slot: Slot | None) -> Slot | None:
+        return slot.of_copy(new, True) if slot is not None and slot.value is old else slot
+
+    def moved(delta: Delta) -> Delta:
+        pairs = {p: (seen(a), seen(b)) for p, (a, b) in delta.slots.items()}
+        if all(pair[i] is delta.slots[p][i] for p, pair in pairs.items() for i in (0, 1)):
+            return delta
+        return dataclasses.replace(delta, slots=pairs)
+
+    def told(commit: Commit) -> Commit:
+        delta, foreign = moved(commit.delta), tuple(map(moved, commit.foreign))
+        same = all(map(operator.is_, (delta, *foreign), (commit.delta, *commit.foreign)))
+        return commit if same else dataclasses.replace(commit, delta=delta, foreign=foreign)
+
+    gm.meta[_KEY] = tuple(map(told, commits(gm)))
 
 
 def kept(gm: GraphModule) -> tuple[tuple[Commit, ...], Work]:
