@@ -20,9 +20,9 @@ from torch import nn
 from torch.fx import Node
 
 import fxopt.kernels  # noqa: F401  (registers torch.ops.fxopt)
-from fxopt.kernels.unstructured import Pattern
 from fxopt.kernels.unstructured_conv import SparseConv2d, pads
 from fxopt.kernels.unstructured_linear import SparseLinear
+from fxopt.kernels.unstructured_pattern import Pattern
 from fxopt.ops import op, spell
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import UsageError
-from fxopt.kernels.unstructured import Pattern
+from fxopt.kernels.unstructured_pattern import Pattern
 
 _KEPT = ("row_start", "column")  # in the state dict; the view by columns follows from them
 
