@@ -1,15 +1,17 @@
 """
 Training with sparse layers against training the same masked dense ones: the same losses, in how much less time?
 
-    .venv/bin/python benchmarks/sparse_training.py [resnet] [transformer] [--epochs 3] [--steps 24] [--threads 1]
+    .venv/bin/python benchmarks/sparse_training.py [resnet] [transformer] [--epochs 3] [--steps 24] [--twins 3]
+                                                   [--threads 1]
 
 A ResNet-18-shaped network at 95 % uniform sparsity on scikit-learn's digits, upscaled to 64×64; a transformer of 4
 layers at 90 % on the text of installed documentation, character by character. All models start from the same weights
 and see the same batches, a step of one after a step of the other; dense weights are masked after each step. Layers are
 swapped where `fxopt.sparse.swap` measures a gain.
 
-A third model shows what "the same losses" can mean: the masked dense one again, its weights off by a rounding error.
-Prints the mean loss of each epoch, that on data left out, and the ratio of the time of an epoch.
+Twins show what "the same losses" can mean: the masked dense model again, its weights off by a rounding error. Prints
+the mean loss of each epoch, and that on data left out, of the twins the least and the most; and the ratio of the time
+of an epoch.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["resnet", "transformer"])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24, help="of an epoch")
+    parser.add_argument("--twins", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -42,7 +45,7 @@ def main() -> None:
         model, batches, left_out, sparsity = {"resnet": digits, "transformer": text}[what](chosen.steps)
         size = sum(p.numel() for p in model.parameters())
         print(f"{what}: {size / 1e6:.1f} M parameters, {sparsity:.0%} sparse, {len(batches)} steps an epoch")
-        for line in train(model, batches, left_out, sparsity, chosen.epochs):
+        for line in train(model, batches, left_out, sparsity, chosen.epochs, chosen.twins):
             print(line, flush=True)
 
 
@@ -118,34 +121,41 @@ def text(steps: int, length: int = 128, batch: int = 4) -> Task:
     return CharacterModel(), batches, left_out, 0.9
 
 
-def train(model: nn.Module, batches: Batches, left_out: Batches, sparsity: float, epochs: int) -> Iterator[str]:
+def train(
+    model: nn.Module, batches: Batches, left_out: Batches, sparsity: float, epochs: int, twins: int
+) -> Iterator[str]:
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][1:-1]
     Pruner(model, sparsity, layers=layers)
     sparse, report = swap(model.train(), batches[0][0], min_sparsity=sparsity - 0.02)
     yield f"{len(report.swapped)} of {len(layers)} pruned layers are sparse"
-    models = {"masked dense": copy.deepcopy(model), "sparse": sparse, "dense, rounded": rounded(model)}
-    optimizers = {kind: torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9) for kind, m in models.items()}
-    pruners = [Pruner(models[kind], "existing", layers=layers) for kind in models if kind != "sparse"]
-    for pruner, kind in zip(pruners, ("masked dense", "dense, rounded"), strict=True):
-        pruner.attach(optimizers[kind])
-    yield f"epoch  {'   '.join(f'{kind:>14}' for kind in models)}   epoch, dense / sparse   step, median"
+    models = [copy.deepcopy(model), sparse, *(rounded(model) for _ in range(twins))]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in models]
+    for m, optimizer in zip(models, optimizers, strict=True):
+        if m is not sparse:
+            Pruner(m, "existing", layers=layers).attach(optimizer)
+    yield f"epoch  {HEADS}   epoch, dense / sparse   step, median"
     for epoch in range(epochs):
-        losses: dict[str, list[float]] = {kind: [] for kind in models}
-        seconds: dict[str, list[float]] = {kind: [] for kind in models}
+        losses: list[list[float]] = [[] for _ in models]
+        seconds: list[list[float]] = [[] for _ in models]
         for x, y in batches:
-            for kind, m in models.items():
+            for i, (m, optimizer) in enumerate(zip(models, optimizers, strict=True)):
                 start = time.perf_counter()
-                losses[kind].append(step(m, optimizers[kind], x, y))
-                seconds[kind].append(time.perf_counter() - start)
-        dense, fast = seconds["masked dense"], seconds["sparse"]
+                losses[i].append(step(m, optimizer, x, y))
+                seconds[i].append(time.perf_counter() - start)
+        dense, fast = seconds[:2]
         median = statistics.median(a / b for a, b in zip(dense, fast, strict=True))
-        means = [statistics.fmean(found) for found in losses.values()]
-        yield f"{epoch:>5}  {cells(means)}   {sum(dense) / sum(fast):>21.2f}   {median:>12.2f}"
-    yield f" left out: {cells([evaluated(m, left_out) for m in models.values()])[4:]}"
+        told = cells([statistics.fmean(found) for found in losses])
+        yield f"{epoch:>5}  {told}   {sum(dense) / sum(fast):>21.2f}   {median:>12.2f}"
+    yield f" left out: {cells([evaluated(m, left_out) for m in models])[4:]}"
 
 
-def cells(values: Sequence[float]) -> str:
-    return "   ".join(f"{v:>14.4f}" for v in values)
+HEADS = f"{'masked dense':>12}  {'sparse':>8}  {'dense twins':>17}"
+
+
+def cells(losses: Sequence[float]) -> str:
+    dense, sparse, *twins = losses
+    spread = f"{min(twins):.4f} to {max(twins):.4f}" if twins else ""
+    return f"{dense:>12.4f}  {sparse:>8.4f}  {spread:>17}"
 
 
 def rounded(model: nn.Module) -> nn.Module:

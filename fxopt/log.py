@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxopt.delta import Delta, diff, keep_name, plain_meta
 from fxopt.errors import TransformationError
 from fxopt.forward import quicken
-from fxopt.snapshot import Record, Slot, Snapshot, by_name, by_node, graphs, snapshot
+from fxopt.snapshot import Record, Slot, Snapshot, by_name, by_node, fresh, graphs, snapshot
 from fxopt.split import Part, joined, split, whole
 from fxopt.watch import name_alike
 
@@ -222,6 +222,7 @@ def _deepcopy(gm: GraphModule, memo: dict[int, Any]) -> GraphModule:
     for name, value in gm.__dict__.items():
         if name not in _MADE_ANEW:
             twin.__dict__[name] = copy.deepcopy(value, memo)
+    _own_metas(twin)
     name_alike(gm, twin)
     keep_name(gm, twin)
     if commits(gm) or _WORK in gm.meta:
@@ -229,6 +230,15 @@ def _deepcopy(gm: GraphModule, memo: dict[int, Any]) -> GraphModule:
         store(twin, commits(twin), snapshot(twin), pending)
     install(twin)
     return twin
+
+
+def _own_metas(twin: GraphModule) -> None:
+    """Give the nodes of a copy lists and dictionaries of their own in ``meta``, where torch's copy shares them."""
+    own: dict[int, tuple[Any, Any]] = {}  # one that stands at several nodes is one in the copy too
+    for node in twin.graph.nodes:
+        for key, held in node.meta.items():
+            if (copied := own.setdefault(id(held), (held, fresh(held)))[1]) is not held:
+                node.meta[key] = copied
 
 
 @dataclass(frozen=True)
