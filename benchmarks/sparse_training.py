@@ -130,9 +130,8 @@ def train(
     yield f"{len(report.swapped)} of {len(layers)} pruned layers are sparse"
     models = [copy.deepcopy(model), sparse, *(rounded(model) for _ in range(twins))]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in models]
-    for m, optimizer in zip(models, optimizers, strict=True):
-        if m is not sparse:
-            Pruner(m, "existing", layers=layers).attach(optimizer)
+    for m, optimizer in zip(models, optimizers, strict=True):  # of the sparse one, the layers that stayed dense
+        Pruner(m, "existing", layers=layers).attach(optimizer)
     yield f"epoch  {HEADS}   epoch, dense / sparse   step, median"
     for epoch in range(epochs):
         losses: list[list[float]] = [[] for _ in models]

@@ -80,7 +80,8 @@ def swap(
     `swap_modules_with_sparse`, with a report on every layer: sparsity, measured ratios, decision and why.
 
     Tries from half of zeros on, where a training step can begin to gain. `measure=False` swaps all that is sparse
-    enough.
+    enough. Zeros of a layer that stays dense are trained like any weight: to keep them, attach a ``Pruner(model,
+    "existing")`` to the optimizer.
     """
     _check_sparsity(min_sparsity)
     names = dict(model.named_modules(remove_duplicate=False))
