@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import UsageError
 from fxopt.kernels.unstructured_pattern import Pattern, by_row, conv2d_pattern, rows_of
-from fxopt.kernels.unstructured_weight import SparseWeight, mask_of
+from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, mask_of
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -77,10 +77,11 @@ class SparseConv2d(SparseWeight):
         across the batch. Here there is one: its vectors run over the pixels of all rows joined, which fills them for
         narrow and for wide images and for a batch of one. So True, False and None, "whichever is faster", do the same.
         """
-        if vectorizing_over_on not in (True, False, None):
+        if vectorizing_over_on is not None and not isinstance(vectorizing_over_on, bool):
             raise UsageError(f"vectorizing_over_on={vectorizing_over_on!r} was given; expected True, False or None")
         if not isinstance(conv, nn.Conv2d):
             raise UsageError(f"SparseConv2d.from_dense was given a {type(conv).__name__}; expected a torch.nn.Conv2d")
+        check_initialized(conv)
         options = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
         return cls(conv.weight, conv.bias, *options).train(conv.training)  # type: ignore[arg-type]
 

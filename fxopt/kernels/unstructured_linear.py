@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import UsageError
 from fxopt.kernels.unstructured_pattern import Pattern, by_row, linear_pattern, rows_of
-from fxopt.kernels.unstructured_weight import SparseWeight, mask_of
+from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, mask_of
 
 
 class SparseLinear(SparseWeight):
@@ -37,6 +37,7 @@ class SparseLinear(SparseWeight):
         """The same layer over the non-zeros of its weight, trained or frozen as it is, in the same mode."""
         if not isinstance(linear, nn.Linear):
             raise UsageError(f"SparseLinear.from_dense was given a {type(linear).__name__}; expected a torch.nn.Linear")
+        check_initialized(linear)
         return cls(linear.weight, linear.bias).train(linear.training)
 
     @classmethod

@@ -115,10 +115,10 @@ def parallel(rank: int, folder: str, processes: int) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(rank)  # DistributedDataParallel begins with the parameters of the first
-        together = DistributedDataParallel(model)
-        trained(
-            together, [(x.chunk(processes)[rank], y.chunk(processes)[rank]) for x, y in batches], OPTIMIZERS["momentum"]
-        )
+        halves = [(x.chunk(processes)[rank], y.chunk(processes)[rank]) for x, y in batches]
+        trained(DistributedDataParallel(model), halves, OPTIMIZERS["momentum"])
+        Pruner(model, 0.95)  # shorter values: what holds their former size is made anew
+        trained(DistributedDataParallel(model), halves, OPTIMIZERS["momentum"])
         torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -136,6 +136,8 @@ def test_two_processes_train_as_one(tmp_path: Path):
     torch.multiprocessing.spawn(parallel, (str(tmp_path), 2), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     model, batches = sparse_net()
+    trained(model, batches, OPTIMIZERS["momentum"])
+    Pruner(model, 0.95)
     start = copy.deepcopy(model.state_dict())
     trained(model, batches, OPTIMIZERS["momentum"])
     for key, expected in model.state_dict().items():
