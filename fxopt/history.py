@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from fxopt import patch
 from fxopt.delta import MARKS, Delta, diff, kept_meta
 from fxopt.errors import Conflict, FxoptError, IrreversibleEdit, TransformationError, UsageError
+from fxopt.garbage import sparing
 from fxopt.log import Commit, Recordable, commits, foreign, install, kept, put_back, repoint, store
 from fxopt.origin import source_of
 from fxopt.snapshot import Snapshot, graph_of, graphs, node_key, slot_of, snapshot
@@ -75,6 +76,7 @@ def _restore_detached(before: Snapshot, path: str, inner: GraphModule) -> None:
     inner.recompile()
 
 
+@sparing()
 def run(gm: GraphModule, transformation: Recordable, lint_and_recompile: bool = True) -> GraphModule:
     """
     Apply ``transformation`` to ``gm`` and every graph module inside it, and commit the difference.
@@ -197,6 +199,7 @@ def find(gm: GraphModule, signature: str) -> int | None:
     return next((i for i, c in reversed(list(enumerate(commits(gm)))) if c.signature == signature), None)
 
 
+@sparing()
 def undo(gm: GraphModule, index: int, edited: Edited = "refuse") -> None:
     """
     Leave ``gm`` as if commit ``index`` had never been made.
@@ -224,6 +227,7 @@ def undo_rewrite(gm: GraphModule, index: int, part: str, edited: Edited = "refus
     undo_rewrites(gm, index, (part,), edited)
 
 
+@sparing()
 def undo_rewrites(gm: GraphModule, index: int, parts: Collection[str], edited: Edited = "refuse") -> None:
     """Undo those rewrites of commit ``index`` whose ids are given, at once; the rest of the commit stays."""
     commit = commits(gm)[index]
@@ -239,6 +243,7 @@ def undo_rewrites(gm: GraphModule, index: int, parts: Collection[str], edited: E
     _rebase(gm, index, take_back, going)
 
 
+@sparing()
 def redo_rewrite(gm: GraphModule, index: int, part: str) -> None:
     """Make one rewrite of commit ``index`` again that was undone alone."""
     commit = commits(gm)[index]
@@ -254,6 +259,7 @@ def redo_rewrite(gm: GraphModule, index: int, part: str) -> None:
     _rebase(gm, index, make_again, coming)
 
 
+@sparing()
 def checkout(gm: GraphModule, count: int, edited: Edited = "refuse") -> None:
     """Undo all but the first ``count`` commits; edits made outside of fxopt are kept.  ``edited``: see `undo`."""
     with atomic(gm) as now:

@@ -74,7 +74,7 @@ class PackWeights(Rewrite):
     act(linear(x, W, b))         ->  packed_linear(x, W, b, act)
     act(conv2d(x, W, b) + other) ->  packed_conv2d(x, W, b, other, act)
 
-    Within rounding: oneDNN sums in another order than MKL.
+    Within rounding: oneDNN sums in another order than MKL, and the tile unit of a CPU with AMX in one that loses less.
 
     For inference on the CPU, and the last pass of a pipeline: whatever reads linears must have gone before. The graph
     keeps its parameters; see `fxopt.kernels.packed`. A packed linear chooses at each call by the number of rows, so
@@ -159,7 +159,7 @@ class PackWeights(Rewrite):
         features, inputs = reversed(weight.shape) if bound["transposed"] else weight.shape
         if self.measure:
             return measured_rows(features, inputs, bound.get("activation", "none"), torch.get_num_threads())
-        pays = any(packed.rows(features, inputs, threads) for threads in (1, 2))
+        pays = any(packed.rows(features, inputs, threads) for threads in (1, 2)) or packed.tiles_pay(weight.numel())
         return (0, 0) if pays else None
 
     def rewrite(self, at: Site, **bound: Any) -> Node:

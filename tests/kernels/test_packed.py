@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.library import opcheck
 
-from fxopt.kernels import native, packed
+from fxopt.kernels import layouts, native, packed
 
 pytestmark = pytest.mark.skipif(not packed.available(), reason="this torch has no oneDNN")
 
@@ -26,9 +26,9 @@ PLAIN = ([1, 1], [0, 0], [1, 1], 1)
 
 @pytest.fixture(autouse=True)
 def _empty_cache():
-    packed.release()
+    layouts.release()
     yield
-    packed.release()
+    layouts.release()
 
 
 def _layer(inputs=24, outputs=40, dtype=torch.float32):
@@ -40,7 +40,7 @@ def _layer(inputs=24, outputs=40, dtype=torch.float32):
 def _packed_after(calls, weight):
     for _ in range(calls):
         y = linear(torch.ones(3, weight.shape[1]), weight)
-    return packed.packed_bytes(weight) > 0, y
+    return layouts.packed_bytes(weight) > 0, y
 
 
 @pytest.mark.parametrize("activation", packed.ACTIVATIONS)
@@ -56,7 +56,7 @@ def test_linear_computes_its_reference(activation, transposed, biased, shape):
         expected = packed.packed_linear(x, weight, b, activation, transposed)
         for _ in range(3):
             torch.testing.assert_close(linear(x, weight, b, activation, transposed), expected, rtol=1e-5, atol=1e-5)
-    assert (packed.packed_bytes(weight) > 0) == (len(shape) > 1 and 0 not in shape)
+    assert (layouts.packed_bytes(weight) > 0) == (len(shape) > 1 and 0 not in shape)
 
 
 @pytest.mark.parametrize("activation", packed.ACTIVATIONS)
@@ -85,7 +85,7 @@ def test_convolution_computes_its_reference_channels_last(activation, summed, la
                 y = conv(x, weight, bias, other, *at, groups, activation)
                 torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
                 assert y.is_contiguous(memory_format=torch.channels_last)
-    assert packed.packed_bytes(weight) == 2 * weight.numel() * 4  # one layout for each size of the input
+    assert layouts.packed_bytes(weight) == 2 * weight.numel() * 4  # one layout for each size of the input
 
 
 def test_nan_and_infinity_stay_where_they_are():
@@ -124,7 +124,7 @@ def test_a_weight_is_packed_at_its_second_call():
     with torch.no_grad():
         assert not _packed_after(1, weight)[0]
         assert _packed_after(1, weight)[0]
-    assert packed.packed_bytes() == packed.packed_bytes(weight) == weight.numel() * 4
+    assert layouts.packed_bytes() == layouts.packed_bytes(weight) == weight.numel() * 4
 
 
 @pytest.mark.parametrize(
@@ -158,21 +158,21 @@ def test_a_weight_that_changes_at_every_call_is_never_packed():
     for _ in range(4):
         linear(torch.ones(2, 24), weight.detach().clone())
     gc.collect()
-    assert packed.packed_bytes() == 0
+    assert layouts.packed_bytes() == 0
 
 
 def test_packed_copies_die_with_their_weight():
     weight, _ = _layer()
     with torch.no_grad():
         _packed_after(2, weight)
-    assert packed.packed_bytes() > 0 and len(packed._cache) == 1
+    assert layouts.packed_bytes() > 0 and len(layouts._cache) == 1
     del weight
     gc.collect()
-    assert packed.packed_bytes() == 0 and not packed._cache
+    assert layouts.packed_bytes() == 0 and not layouts._cache
 
 
 def _sizes_packed(kernel):
-    return [key[0][2] for key in packed._cache[id(kernel)].layouts]
+    return [key[0][2] for key in layouts._cache[id(kernel)].layouts]
 
 
 def _convolve(kernel, size, calls):
@@ -186,11 +186,11 @@ def test_a_convolution_keeps_a_few_layouts_and_replaces_them_slowly():
     kernel = torch.randn(4, 2, 3, 3)
     for size in range(20, 120):
         _convolve(kernel, size, 1)  # seen once: nothing is kept for them
-    assert packed.packed_bytes(kernel) == 0
-    for size in range(5, 5 + packed.MAX_LAYOUTS + 1):
+    assert layouts.packed_bytes(kernel) == 0
+    for size in range(5, 5 + layouts.MAX_LAYOUTS + 1):
         _convolve(kernel, size, 3)
     assert _sizes_packed(kernel) == [5, 6, 7, 8]
-    assert packed.packed_bytes(kernel) == packed.MAX_LAYOUTS * kernel.numel() * 4
+    assert layouts.packed_bytes(kernel) == layouts.MAX_LAYOUTS * kernel.numel() * 4
     _convolve(kernel, 9, 5)
     assert _sizes_packed(kernel) == [6, 7, 8, 9]
 
@@ -210,10 +210,10 @@ def test_rows_outside_of_the_range_run_plain_bitwise():
             x = torch.randn(rows, 24)
             for _ in range(3):
                 assert torch.equal(linear(x, weight, bias, "none", False, 2, 8), F.linear(x, weight, bias))
-        assert packed.packed_bytes(weight) == 0
+        assert layouts.packed_bytes(weight) == 0
         for _ in range(2):
             linear(torch.randn(2, 4, 24), weight, bias, "none", False, 2, 8)
-        assert packed.packed_bytes(weight) > 0
+        assert layouts.packed_bytes(weight) > 0
 
 
 def test_rows_by_size_and_threads(monkeypatch):
@@ -225,11 +225,11 @@ def test_rows_by_size_and_threads(monkeypatch):
     for threads, between in ((1, (2, 4)), (2, (3, 3))):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         for count in range(1, 6):
-            packed.release()
+            layouts.release()
             for _ in range(2):
                 with torch.no_grad():
                     operator(torch.randn(count, 24), weight)
-            assert (packed.packed_bytes(weight) > 0) == (between[0] <= count <= between[1])
+            assert (layouts.packed_bytes(weight) > 0) == (between[0] <= count <= between[1])
 
 
 def test_gradients_are_those_of_the_plain_operators():
@@ -309,12 +309,12 @@ def test_autocast_and_other_dtypes_run_plain():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for _ in range(3):
             assert linear(x, weight, bias).dtype == torch.bfloat16
-    assert packed.packed_bytes() == 0
+    assert layouts.packed_bytes() == 0
     half, half_bias = _layer(dtype=torch.float16)
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(linear(x.half(), half, half_bias), F.linear(x.half(), half, half_bias))
-    assert packed.packed_bytes() == 0
+    assert layouts.packed_bytes() == 0
 
 
 def test_inference_mode():
@@ -324,7 +324,7 @@ def test_inference_mode():
         for w in (weight, weight.detach().clone()):  # the clone has no version counter
             for _ in range(3):
                 torch.testing.assert_close(linear(x, w, bias), F.linear(x, w, bias), rtol=1e-5, atol=1e-5)
-    assert packed.packed_bytes(weight) > 0
+    assert layouts.packed_bytes(weight) > 0
 
 
 def test_what_does_not_fit_the_packed_weight_runs_plain():

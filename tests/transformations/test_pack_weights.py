@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.history import history
-from fxopt.kernels import packed
+from fxopt.kernels import layouts, packed
 from fxopt.text import show
 from fxopt.transformations import pack_weights
 from fxopt.transformations.pack_weights import PackWeights
@@ -177,7 +177,7 @@ def test_shared_and_tied_weights_stay_one_tensor():
         with torch.no_grad():
             for _ in range(3):
                 gm(*X)
-        assert packed.packed_bytes(next(p for p in gm.parameters() if p.dim() == 2)) == 16 * 16 * 4
+        assert layouts.packed_bytes(next(p for p in gm.parameters() if p.dim() == 2)) == 16 * 16 * 4
 
 
 def test_a_trained_weight_is_used_as_it_is_and_undo_keeps_it():

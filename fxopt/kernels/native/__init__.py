@@ -22,13 +22,16 @@ from torch import Tensor
 
 from fxopt.errors import FxoptError, UsageError
 
-ISAS = ("portable", "avx2", "avx512")
-"""The instruction sets for which every kernel is compiled, as the library numbers them; AVX2 includes FMA."""
+ISAS = ("portable", "avx2", "avx512", "amx")
+"""
+The instruction sets for which the kernels are compiled, as the library numbers them; AVX2 includes FMA. What is not
+compiled for AMX, a unit for products of matrices beside AVX-512, runs as on AVX-512.
+"""
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 """The types of arguments: a tensor's address (or None), a size, a flag or a count of threads, a number."""
 
-_CAPABILITIES = {"AVX2": "avx2", "AVX512": "avx512"}  # torch's names; anything else is the portable code
+_CAPABILITIES = {"AVX2": "avx2", "AVX512": "amx"}  # torch's names; anything else is the portable code
 
 
 @functools.cache

@@ -31,7 +31,7 @@
 namespace fxopt {
 
 // The instruction sets, as they are numbered for Python.
-enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
 
 // Scratch memory on a cache line's boundary, for one call or one thread of it.
 class Scratch {

@@ -86,7 +86,7 @@ FXOPT_VECTORS
 #if FXOPT_X86
 #define FXOPT_DISPATCH(isa, CALL)                                                                                      \
     do {                                                                                                               \
-        if ((isa) == fxopt::AVX512)                                                                                    \
+        if ((isa) >= fxopt::AVX512)                                                                                    \
             fxopt::avx512::CALL;                                                                                       \
         else if ((isa) == fxopt::AVX2)                                                                                 \
             fxopt::avx2::CALL;                                                                                         \

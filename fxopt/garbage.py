@@ -1,0 +1,32 @@
+"""Garbage collection while a large graph is edited."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+_YOUNG = 50_000  # objects; CPython's own choice, 700, is made for programs that keep few
+
+
+@contextlib.contextmanager
+def sparing() -> Iterator[None]:
+    """
+    Run the body with fewer scans by the garbage collector, and none of what lived before it.
+
+    A graph is many small objects in cycles, and CPython scans every object that lives whenever a quarter as many have
+    been added: at 50,000 nodes that took a third of the time of a recorded pass. What the body itself makes is still
+    collected. Where the process has frozen objects of its own (before a fork, say), or has turned the collector off,
+    nothing is done.
+    """
+    if not gc.isenabled() or gc.get_freeze_count():
+        yield
+        return
+    young, *older = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(max(young, _YOUNG), *older)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, *older)
+        gc.unfreeze()
