@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 # Several functions bear the name of their module (fxopt.capture is a function, `from fxopt.capture import …` reads the
 # module).  The modules are imported first, so that a later import cannot put one of them in a function's place.
-from fxopt.benchmark import Comparison, benchmark, benchmark_many
+from fxopt.benchmark import benchmark, benchmark_many
 from fxopt.bisect import bisect
 from fxopt.bisection import Bisection
 from fxopt.capture import capture, capture_report
@@ -17,6 +17,7 @@ from fxopt.compose import Pipeline, Result, compose, repeat
 from fxopt.difference import Difference, diff
 from fxopt.errors import FxoptError
 from fxopt.history import History, history
+from fxopt.measurement import Comparison
 from fxopt.pattern import Miss
 from fxopt.report import report
 from fxopt.shapes import propagate

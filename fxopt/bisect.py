@@ -8,6 +8,7 @@ are found by delta debugging.  One guilty rewrite of R, in one of P transformati
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,8 @@ def bisect(
     asked = check if isinstance(check, Check) else checks.make(check, gm, example_inputs, rtol, atol)
     path = None if directory is None else folder_at(directory, "bisect") / JOURNAL
     search = _Search(gm, Trials(gm, flat(pipeline)), asked, say or (lambda line: None), repeat)
+    if resume and path is not None and not path.exists():
+        search.say(f"{path} is not there: nothing to resume, it begins anew")
     search.journal = Journal(path, search.about() | asked.about(), resume)
     return search.run((rtol, atol), confirm)
 
@@ -101,10 +104,29 @@ def _graph(model: nn.Module, example_inputs: Any) -> GraphModule:
         captured = model.meta.get("fxopt.capture")
         if example_inputs is None or (captured is not None and captured.route == "submodules"):
             return model  # there is eager code between the graphs
-        return _propagated(share(model), normal_form(example_inputs, model)[0])
+        sets = normal_form(example_inputs, model)
+        for one in sets:
+            _taken(model, one)
+        return _propagated(share(model), sets[0])
     if example_inputs is None:
         raise UsageError("bisect needs example_inputs to capture a model; give them, or a graph module")
     return capture(model, inputs_of(normal_form(example_inputs, model)[0]))
+
+
+def _taken(gm: GraphModule, case: InputSet) -> None:
+    """Refuse what ``gm`` cannot be called with; a check of one's own might never call it with these."""
+    try:
+        inspect.signature(gm.forward).bind(*case.args, **case.kwargs)
+    except TypeError as error:
+        given = [*(f"{len(case.args)} positional" for _ in case.args[:1]), *case.kwargs]
+        raise UsageError(
+            f"the graph cannot be called with the {case.label} of example_inputs ({', '.join(given) or 'nothing'}): "
+            f"{error}; it takes {', '.join(_taken_by(gm)) or 'none'}"
+        ) from error
+
+
+def _taken_by(gm: GraphModule) -> list[str]:
+    return [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
 
 
 def _propagated(gm: GraphModule, case: InputSet) -> GraphModule:
@@ -116,7 +138,7 @@ def _propagated(gm: GraphModule, case: InputSet) -> GraphModule:
         first = next(iter(str(error).splitlines()), "")
         raise UsageError(
             f"the graph does not run on the example_inputs ({type(error).__name__}: {first}); it takes "
-            f"{', '.join(str(n.target) for n in gm.graph.nodes if n.op == 'placeholder') or 'none'}"
+            f"{', '.join(_taken_by(gm)) or 'none'}"
         ) from error
 
 

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import save_file
 from torch.fx import GraphModule
 
-from fxopt.benchmark import Comparison, benchmark
+from fxopt.benchmark import benchmark
 from fxopt.errors import FxoptError, UsageError
+from fxopt.measurement import Comparison
 from fxopt.portable import digest
 from fxopt.samples import InputSet, normal_form
 from fxopt.search import Verdict

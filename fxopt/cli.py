@@ -86,7 +86,7 @@ def optimize(
     trace: Annotated[Path | None, typer.Option(help="Write the end-to-end rounds to this file, for Perfetto.")] = None,
 ) -> None:
     """Capture a model, run the passes, each verified and timed, and print the table."""
-    from fxopt import frontend
+    from fxopt import catalogue, frontend
     from fxopt.report import check_writable
 
     _check_writable(save, json_)
@@ -95,6 +95,7 @@ def optimize(
             check_writable(path, option)
     if trace is not None and not benchmark:
         raise UsageError("--trace writes what is timed, and --no-benchmark times nothing; leave one of them out")
+    catalogue.parse(passes, device.partition(":")[0])  # a typo is said before the model is loaded
     with err.status(f"loading {model}"):
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
@@ -160,12 +161,11 @@ def bisect(
     dtype: DType = None,
 ) -> None:
     """Find the pass, and the one rewrite of it, that makes a model fail.  Exit codes: 0 found, 1 not, 2 wrong usage."""
-    from fxopt import frontend
+    from fxopt import catalogue, frontend
 
     to_stdout = json_ is not None and str(json_) == "-"
     _check_writable(out_, None if to_stdout else json_, "--out")
-    if script is not None and check is not None:
-        raise UsageError(f"--check {check} was given beside --script; give one of them")
+    _check_question(check, script, rtol, atol)
     if resume and out_ is None:
         raise UsageError("--resume needs the folder of the run to resume; give --out DIR")
     told = err if to_stdout else out
@@ -173,6 +173,7 @@ def bisect(
     def say(line: str) -> None:
         told.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    catalogue.parse(passes, device.partition(":")[0])  # a typo is said before the model is loaded
     with err.status(f"loading {model}"):
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
@@ -200,6 +201,21 @@ def bisect(
         place = None if out_ is None else out_ if name == "forward" else out_ / name.replace(" ", "-")
         say(f"reproduce: python {place / 'repro' / 'repro.py'}" if place else "give --out DIR to keep the reproducer")
     raise typer.Exit(0 if found.found else 1)
+
+
+def _check_question(check: str | None, script: str | None, rtol: float | None, atol: float | None) -> None:
+    """Refuse what the options of `bisect` ask for and nothing would answer."""
+    from fxopt.checks import NAMES
+
+    if script is not None and check is not None:
+        raise UsageError(f"--check {check} was given beside --script; give one of them")
+    if script is not None and not script.strip():
+        raise UsageError("--script is empty; give a command that judges the graph in the folder $FXOPT_GRAPH")
+    if check not in (None, *NAMES):
+        raise UsageError(f"--check {check} is not known, expected one of {', '.join(NAMES)}")
+    if (script is not None or check not in (None, "outputs")) and (rtol, atol) != (None, None):
+        asked = "--script" if script is not None else f"--check {check}"
+        raise UsageError(f"--rtol and --atol are for --check outputs, and {asked} does not use them; leave them out")
 
 
 @app.command()

@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 from torch.fx import GraphModule
 
-from fxopt.benchmark import Comparison
 from fxopt.benchmark import benchmark as compare
 from fxopt.delta import graphs, share
 from fxopt.errors import FxoptError, TransformationError, UsageError, VerificationError
 from fxopt.history import Edited, atomic, commits, find, history, undo, undo_rewrites
 from fxopt.limit import Limit
 from fxopt.log import label
+from fxopt.measurement import Comparison
 from fxopt.shapes import propagate
 from fxopt.text import to_html, to_text
 from fxopt.transformation import ReversibleTransformation, Transformation

@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxopt import catalogue, models
-from fxopt.benchmark import Comparison, benchmark
+from fxopt.benchmark import benchmark
 from fxopt.bisect import bisect as bisect_graph
 from fxopt.bisection import Bisection
 from fxopt.checks import ByScript
@@ -26,6 +26,7 @@ from fxopt.history import history
 from fxopt.huggingface import Optimized, default_passes
 from fxopt.huggingface import optimize as optimize_model
 from fxopt.inputs import example_inputs, fitting_length, load_tokenizer, longest_sequence
+from fxopt.measurement import Comparison
 from fxopt.text import to_html
 from fxopt.verify import Verification, verify
 
@@ -270,7 +271,7 @@ def bisect(
             if name in tried or (graph is not None and name != graph):
                 continue
             tried.append(name)
-            say(f"{name}: {len(gm.graph.nodes)} nodes, {len(steps)} transformations")
+            say(f"{name}: {len(gm.graph.nodes)} nodes, {len(steps)} transformation{'s' * (len(steps) != 1)}")
             asked = check if script is None else ByScript(script, gm, inputs)
             place = out if name == "forward" or out is None else out / name.replace(" ", "-")
             result = bisect_graph(

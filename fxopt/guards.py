@@ -11,7 +11,6 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.export import _unlift
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils import _pytree as pytree
 
@@ -66,6 +65,8 @@ def _from_code(guards_code: Sequence[str], paths: Sequence[Any]) -> Guards:
 @contextlib.contextmanager
 def picklable() -> Iterator[None]:
     """Let ``ExportedProgram.module()`` make `Guards` in the body; a torch that does it otherwise is left alone."""
+    from torch.export import _unlift  # it brings all of Dynamo, a second that only a capture need take
+
     if not hasattr(_unlift, "_convert_guards_code_to_fn"):
         yield
         return

@@ -44,6 +44,7 @@ from fxopt.errors import CaptureError, FxoptError, UsageError, VerificationError
 from fxopt.history import history
 from fxopt.inputs import example_inputs as made_up_inputs
 from fxopt.inputs import fitting_length
+from fxopt.reuse import reusing
 from fxopt.text import to_html
 from fxopt.transformation import Transformation
 from fxopt.verify import verify
@@ -82,9 +83,10 @@ def optimize(
     apply = passes(pipeline, _device(result))
     register_caches(result)
     state = Optimized(generation=generation, dynamic=dynamic)
-    for module, title, calls in _calls(result, example_inputs, generation, state):
-        for graph in _graphs(module, title, calls, apply, dynamic, state):
-            state.add(module, graph)
+    with reusing():
+        for module, title, calls in _calls(result, example_inputs, generation, state):
+            for graph in _graphs(module, title, calls, apply, dynamic, state):
+                state.add(module, graph)
     if not state.entries:
         raise CaptureError(f"no graph of {type(result).__name__} can be captured: {'; '.join(state.notes)}")
     state.install(result)

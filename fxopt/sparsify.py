@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxopt import frontend
-from fxopt.benchmark import Comparison, benchmark
+from fxopt.benchmark import benchmark
 from fxopt.errors import UsageError
+from fxopt.measurement import Comparison
 from fxopt.sparse.block_patcher import call
 from fxopt.sparse.block_report import SparsifyReport
 from fxopt.sparse.measure import SwapReport

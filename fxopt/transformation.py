@@ -23,6 +23,7 @@ from fxopt.errors import UsageError
 from fxopt.history import Edited, find, mark, run, undo, unmark
 from fxopt.pattern import Match, Miss, candidates, match, roots
 from fxopt.pattern import value as known_value
+from fxopt.reuse import reused
 from fxopt.shapes import infer
 
 
@@ -274,7 +275,7 @@ class Site:
         """``value`` as an argument: a `New` is registered, and an `fxopt.ops.Attr` read by a new ``get_attr``."""
         if isinstance(value, New):
             path = self.free(value.path)
-            register(self.gm, path, value.tensor, value.persistent)
+            register(self.gm, path, reused(self.gm, value.tensor), value.persistent)
             value = ops.Attr(path)
         if not isinstance(value, ops.Attr):
             return value

@@ -18,16 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from fxopt.benchmark import (
-    Comparison,
-    Measurement,
-    benchmark,
-    benchmark_many,
-    measure,
-    median_interval,
-    peak_memory,
-)
+from fxopt.benchmark import benchmark, benchmark_many, measure, peak_memory
 from fxopt.errors import BenchmarkError, UsageError
+from fxopt.measurement import Comparison, Measurement, median_interval
 
 X = torch.ones(4)
 

@@ -191,6 +191,9 @@ def test_bisect_by_script(fxopt_, tmp_path, mine):
     (
         (("bisect", "mlp-tiny", "--check", "wrong"), "expected one of outputs, nan, crash, slower"),
         (("bisect", "mlp-tiny", "--check", "nan", "--script", "true"), "give one of them"),
+        (("bisect", "mlp-tiny", "--script", " "), "--script is empty; give a command"),
+        (("bisect", "mlp-tiny", "--script", "true", "--rtol", "1"), "--script does not use them; leave them out"),
+        (("bisect", "mlp-tiny", "--check", "nan", "--atol", "0"), "--check nan does not use them; leave them out"),
         (("bisect", "mlp-tiny", "--resume"), "give --out DIR"),
         (("bisect", "mlp-tiny", "--graph", "decode"), "the model has forward"),
         (("bisect", "mlp-tiny", "--out", __file__), "--out"),

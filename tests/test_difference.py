@@ -9,7 +9,8 @@ from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
 import fxopt
-from fxopt.difference import align, diff, of_commits
+from fxopt.alignment import align
+from fxopt.difference import diff, of_commits
 from fxopt.errors import Conflict, UsageError
 from fxopt.listing import Line, listing
 from fxopt.transformations import EliminateDropout, FuseLinearGELU, MergeLinears

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.fx import symbolic_trace
 
+import fxopt
 from fxopt import models
 from fxopt.errors import CaptureError, UsageError, VerificationError
 from fxopt.history import history
 from fxopt.huggingface import dynamo_backend, optimize
 from fxopt.inputs import example_inputs
+from fxopt.reuse import reused, reusing
 
 GENERATIVE = (
     "gpt2-tiny",
@@ -416,3 +418,36 @@ def test_a_model_that_decides_on_its_data_is_optimised_in_parts():
     with torch.no_grad():
         assert torch.allclose(result(x), model(x)) and torch.allclose(result(-x), model(-x))
     assert result.fxopt.calls
+
+
+def test_graphs_of_one_model_hold_what_they_merge_once() -> None:
+    """Forward, prefill and decode make equal weights, and share them; each is undone alone all the same."""
+    model = models.build("llama-small-tiny")
+    result = optimize(model, pipeline="MergeLinears,FoldLayerNormAffine,MergeGateUp")
+    graphs = result.fxopt.graphs
+    assert set(graphs) >= {"forward", "prefill", "decode"}
+    own = {id(t) for t in result.parameters()}
+    made = [{name: t for name, t in gm.named_parameters() if id(t) not in own} for gm in graphs.values()]
+    assert made[0] and all(gm.keys() == made[0].keys() for gm in made)
+    assert all(gm[name] is made[0][name] for gm in made for name in gm)
+    assert len({id(t) for t in made[0].values()}) == len(made[0])
+
+    inputs = prompt(model, 2, 7)
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    for commit in reversed(list(fxopt.history(graphs["decode"]))):
+        commit.reverse()
+    assert {id(t) for t in graphs["decode"].parameters()} <= own
+    assert torch.equal(result.generate(**inputs, max_new_tokens=5, do_sample=False), expected)
+    assert not result.fxopt.fallbacks
+
+
+def test_equal_tensors_are_shared_between_graphs_alone() -> None:
+    first, second = (torch.fx.symbolic_trace(nn.Linear(2, 2)) for _ in range(2))
+    a, b, c, d = (torch.zeros(3) for _ in range(4))
+    assert reused(first, a) is a and reused(first, b) is b  # outside of `reusing`
+    with reusing():
+        first.register_buffer("a", reused(first, a))
+        assert reused(first, b) is b  # another one of the same graph
+        assert reused(second, c) is a and reused(second, -c) is not a and reused(second, c.half()).dtype == torch.half
+        a.add_(1)
+        assert reused(second, d) is b and reused(second, a) is a

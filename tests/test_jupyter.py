@@ -12,7 +12,7 @@ from fxopt.jupyter.widget import handle
 from fxopt.transformation import ReversibleTransformation
 from fxopt.transformations import EliminateDropout
 
-X = (torch.randn(2, 4),)
+X = (torch.randn(2, 4, generator=torch.Generator().manual_seed(0)),)
 ATEN = torch.ops.aten
 
 

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from torch.fx import GraphModule
 
-from fxopt.benchmark import Comparison, benchmark
+from fxopt.benchmark import benchmark
 from fxopt.delta import share
 from fxopt.difference import Difference, diff
 from fxopt.errors import UsageError
 from fxopt.history import History, Rewrite, checkout, history, undo_rewrites
+from fxopt.measurement import Comparison
 from fxopt.verify import Baseline, Verification
 
 Mark = Literal["good", "bad"]

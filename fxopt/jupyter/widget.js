@@ -19,7 +19,8 @@ function render({ model, el }) {
   };
   const to = (position) => ({ do: "go", position });
   const back = button("◀", "one rewrite back", () => to(model.get("position") - 1));
-  const slider = element("input", "fxopt-slider", bar);
+  const track = element("div", "fxopt-track", bar);
+  const slider = element("input", "fxopt-slider", track);
   slider.type = "range";
   slider.min = 0;
   slider.setAttribute("aria-label", "position in the history");
@@ -31,7 +32,7 @@ function render({ model, el }) {
   const time = button("time", "against the graph before the first commit", () => ({ do: "time" }));
   const good = button("good", "this graph is right: look later", () => ({ do: "good" }));
   const bad = button("bad", "this graph is wrong: look earlier", () => ({ do: "bad" }));
-  const ticks = element("div", "fxopt-ticks", el);
+  const ticks = element("div", "fxopt-ticks", track);  // under the slider, where its thumb stood
   const status = element("p", "fxopt-status", el);
   status.setAttribute("role", "status");
   const answer = element("div", "fxopt-answer", el);

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from fxopt.benchmark import Comparison
 from fxopt.catalogue import catalogue, equation, summary
 from fxopt.compose import Result, Step
 from fxopt.delta import graphs, share
@@ -17,6 +16,7 @@ from fxopt.errors import Conflict
 from fxopt.history import Rewrite, history
 from fxopt.listing import Line, Listing, states
 from fxopt.log import Commit, commits, label
+from fxopt.measurement import Comparison
 from fxopt.transformations.reorder_nodes import curve
 from fxopt.verify import Verification
 

@@ -270,6 +270,7 @@ function drawn(tag, attributes, ...children) {
 }
 const MOST_DRAWN = 24;
 const short = (text, most) => text.length > most ? `${text.slice(0, most - 1)}…` : text;
+const ending = (text, most) => text.length > most ? `…${text.slice(1 - most)}` : text;  // the names of one module differ there
 function operation(text) {
   const said = text.startsWith("return") ? "return" : text.slice(text.indexOf(" = ") + 3);
   return said.split(/[( ]/, 1)[0];
@@ -309,7 +310,7 @@ function drawing(graph, k, classes, caption) {
     const box = drawn("g", {class: `box ${classes.get(graph.keyNumber(line)) || ""}`, tabindex: "0", role: "button", "aria-label": graph.text(line)}, title,
       drawn("rect", {x, y, width: W, height: H}),
       drawn("text", {x: x + 8, y: y + 15}, short(operation(graph.text(line)), 20)),
-      drawn("text", {class: "name", x: x + 8, y: y + 29}, short(key, 24)));
+      drawn("text", {class: "name", x: x + 8, y: y + 29}, ending(key, 24)));
     const chose = () => showNode(graph, line, k, box);
     box.addEventListener("click", chose);
     box.addEventListener("keydown", event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); chose(); } });
@@ -391,7 +392,7 @@ function memoryPlot(before, after, title) {
     });
     const say = curve => String(+(curve.peak / unit[0]).toPrecision(4));
     const traces = [trace(before, "before", "--faint", "dot"), trace(after, "after", "--new-edge", "solid")];
-    return {traces, layout: {title: `${title}: peak ${say(before)} (dotted) → ${say(after)} ${unit[1]}`, xaxis: {title: {text: "node, in the order of the schedule"}}, yaxis: {title: {text: unit[1]}, rangemode: "tozero"}}};
+    return {traces, layout: {title: `${title}: peak ${say(before)} (dotted) → ${say(after)} ${unit[1]}`, xaxis: {title: {text: "node, in the order of the schedule"}}, yaxis: {title: {text: unit[1]}, range: [0, 1.06 * most / unit[0] || 1]}}};
   });
 }
 
