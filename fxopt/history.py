@@ -302,7 +302,7 @@ def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...
     _take_off(gm, index + 1, edits)
     before = snapshot(gm) if later or edits else now
     left = change(before)
-    mine = () if left else commit.foreign
+    mine = () if left else commits(gm)[index].foreign  # as they are where an edit was carried into them
     _take_back(gm, mine)
     store(gm, (*commits(gm)[:index], *left), after := snapshot(gm))
     for edit in mine:
@@ -324,7 +324,7 @@ def _in_place(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, .
         over = [d for c in later for d in c.deltas()] + list(edits)
         over = patch.without(gm, commit.delta, diff(before, snapshot(gm)), over)
         later, edits = _dealt(later, over)
-    mine = () if left else commit.foreign
+    mine = () if left else commits(gm)[index].foreign  # as they are where an edit was carried into them
     if later:
         later = (dataclasses.replace(later[0], foreign=(*mine, *later[0].foreign)), *later[1:])
     else:
@@ -347,7 +347,7 @@ def _take_off(gm: GraphModule, count: int, edits: Sequence[Delta], edited: Edite
     for index in reversed(range(count, len(commits(gm)))):
         commit = commits(gm)[index]  # as it is when its turn comes: one above may have carried an edit into it
         _revert(gm, commit, commit.active(), edited)
-        _take_back(gm, commit.foreign)
+        _take_back(gm, commits(gm)[index].foreign)
 
 
 def _take_back(gm: GraphModule, edits: Sequence[Delta]) -> None:

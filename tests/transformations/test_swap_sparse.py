@@ -142,6 +142,23 @@ class TestNet:
         torch.testing.assert_close(gm(*X), expected, rtol=1e-4, atol=1e-5)
         assert not history(gm) and int(gm.first.weight.count_nonzero()) < 0.06 * gm.first.weight.numel()
 
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_what_was_carried_into_an_edit_from_outside_stays(self, whole):
+        gm = trace(Net(), X, "aten")
+        SparsifyWeights(sparsity=0.95, layers="first")(gm)
+        gm.first.weight = nn.Parameter(gm.first.weight.detach() * 3)  # by hand
+        FORCED(gm)
+        with torch.no_grad():
+            gm.first.values.mul_(2)
+        expected = gm(*X)
+        if whole:
+            with pytest.raises(Conflict, match="first"):  # the edit lies over what SparsifyWeights made
+                checkout(gm, 0, edited="carry")
+            assert torch.equal(gm(*X), expected)
+        FORCED.reverse(gm, edited="carry")
+        torch.testing.assert_close(gm(*X), expected, rtol=1e-4, atol=1e-5)
+        assert len(history(gm)) == 1
+
     def test_one_rewrite_is_carried_and_made_again(self):
         gm = trace(Net(), X, "aten")
         FORCED(gm)
