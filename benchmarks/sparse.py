@@ -1,14 +1,15 @@
 """
 Unstructured sparsity: fxopt's layers against dense ones, torch's CSR tensors and SparseProp, forward and backward.
 
-    .venv/bin/python benchmarks/sparse.py [linear] [conv] [step] [--threads 2] [--rounds 7] [--no-sparseprop]
-                                          [--sparsity 0.8,0.9,0.95,0.98] [--tokens 128,512,2048]
+    .venv/bin/python benchmarks/sparse.py [linear] [conv] [layers] [step] [--threads 1,2] [--rounds 7]
+                                          [--sparsity 0.8,0.9,0.95,0.98] [--tokens 128,512,2048] [--no-sparseprop]
 
-Prints how often faster than dense each is: medians of the ratios over interleaved rounds in one process. `linear` and
-`conv` time one layer, by its module, forward and then the gradients of input, weight and bias; `step` a whole training
-step's forward and backward of ResNet-18 and of two transformer blocks, every layer but the first convolution and the
-classifier sparse, none left out for being slow. The activations are in torch's own layout, the allocator keeps its
-memory between rounds, as in a process that trains.
+Prints how often faster than dense each is: medians of the ratios over interleaved rounds in one process, the numbers of
+threads in turn too, and at the end of each table the medians by sparsity. `linear` and `conv` time one layer, by its
+module, forward and then the gradients of input, weight and bias; `layers` the same of every layer of the steps below,
+each shape once; `step` a whole training step's forward and backward of ResNet-18 and of two transformer blocks, every
+layer but the first convolution and the classifier sparse, none left out for being slow. The activations are in torch's
+own layout, the allocator keeps its memory between rounds, as in a process that trains.
 
 SparseProp is built once into an environment of its own under build/ (`pip install sparseprop`, which needs a compiler
 and a package registry); where that fails, a line says so and its columns stay empty. Set ATEN_CPU_CAPABILITY=avx2 and
@@ -18,6 +19,7 @@ MKL_ENABLE_INSTRUCTIONS=AVX2 and ONEDNN_MAX_CPU_ISA=AVX2 to compare as on a CPU 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import statistics
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import time
 import venv
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -48,37 +51,52 @@ LINEARS = ((768, 3072), (3072, 768))
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="*", default=["linear", "conv", "step"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(TABLES)}; all by default")
+    parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sparsity", default="0.8,0.9,0.95,0.98")
     parser.add_argument("--tokens", default="128,512,2048")
     parser.add_argument("--no-sparseprop", action="store_true")
     chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
+    if unknown := [what for what in chosen.what if what not in TABLES]:
+        parser.error(f"there is no {unknown[0]}; give some of {', '.join(TABLES)}")
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
     torch.manual_seed(0)
     keep_memory()
     peer = None if chosen.no_sparseprop else sparseprop()
-    print(f"{native.isa()}, torch {torch.backends.cpu.get_cpu_capability()}, {chosen.threads} threads, × dense")
-    print(f"{'':34} {'forward':>8} {'SparseProp':>10} {'CSR':>6} {'backward':>9} {'SparseProp':>10}")
+    print(f"{native.isa()}, torch {torch.backends.cpu.get_cpu_capability()}, times as fast as dense")
+    threads = [int(t) for t in chosen.threads.split(",")]
     sparsities = [float(s) for s in chosen.sparsity.split(",")]
-    for what in chosen.what:
-        cases = {"linear": linears, "conv": convolutions, "step": steps}[what]
-        for label, forwards, backwards in cases(sparsities, [int(t) for t in chosen.tokens.split(",")], peer):
-            ahead, back = ratios(forwards, chosen.rounds), ratios(backwards, chosen.rounds)
-            cells = [
-                ahead.get("fxopt"),
-                ahead.get("sparseprop"),
-                ahead.get("csr"),
-                back.get("fxopt"),
-                back.get("sparseprop"),
-            ]
-            shown = [f"{c:.2f}" if c else "" for c in cells]
-            print(f"{label:34} {shown[0]:>8} {shown[1]:>10} {shown[2]:>6} {shown[3]:>9} {shown[4]:>10}", flush=True)
+    for what in chosen.what or TABLES:
+        start = time.perf_counter()
+        table(TABLES[what](sparsities, [int(t) for t in chosen.tokens.split(",")], peer), chosen.rounds, threads)
+        print(f"{what}: {(time.perf_counter() - start) / 60:.1f} minutes\n", flush=True)
+
+
+def table(cases: Iterator[Case], rounds: int, threads: Sequence[int]) -> None:
+    print(f"{'':42} threads {'forward':>8} {'SparseProp':>10} {'CSR':>6} {'backward':>9} {'SparseProp':>10}")
+    found: dict[tuple[str, int], list[list[float | None]]] = {}
+    for label, sparsity, forwards, backwards in cases:
+        ahead, back = ratios(forwards, rounds, threads), ratios(backwards, rounds, threads)
+        for t in threads:
+            cells = [ahead[t].get(kind) for kind in ("fxopt", "sparseprop", "csr")]
+            cells += [back[t].get(kind) for kind in ("fxopt", "sparseprop")]
+            row(f"{label}, {sparsity:.0%}", t, cells)
+            found.setdefault((f"{sparsity:.0%}", t), []).append(cells)
+    for (sparsity, t), rows in sorted(found.items()):
+        columns = [[c for c in column if c] for column in zip(*rows, strict=True)]
+        row(f"median at {sparsity}", t, [statistics.median(c) if c else None for c in columns])
+
+
+def row(label: str, threads: int, cells: Sequence[float | None]) -> None:
+    shown = [f"{c:.2f}" if c else "" for c in cells]
+    print(
+        f"{label:42} {threads:>7} {shown[0]:>8} {shown[1]:>10} {shown[2]:>6} {shown[3]:>9} {shown[4]:>10}", flush=True
+    )
 
 
 Runs = dict[str, Callable[[], object]]
-Case = tuple[str, Runs, Runs]
+Case = tuple[str, float, Runs, Runs]
 
 
 def linears(sparsities: Sequence[float], tokens: Sequence[int], peer: object) -> Iterator[Case]:
@@ -93,7 +111,7 @@ def linears(sparsities: Sequence[float], tokens: Sequence[int], peer: object) ->
                 forwards, backwards = runs(layers, x)
                 csr = dense.weight.detach().to_sparse_csr()
                 forwards["csr"] = lambda csr=csr, x=x, b=dense.bias: (csr @ x.t()).t() + b.detach()
-                yield f"linear {inputs}→{outputs}, {rows}, {sparsity:.0%}", forwards, backwards
+                yield f"linear {inputs}→{outputs}, {rows}", sparsity, forwards, backwards
 
 
 def convolutions(sparsities: Sequence[float], tokens: Sequence[int], peer: object) -> Iterator[Case]:
@@ -105,7 +123,47 @@ def convolutions(sparsities: Sequence[float], tokens: Sequence[int], peer: objec
             if peer is not None:
                 layers["sparseprop"] = best_convolution(peer, dense, x)
             forwards, backwards = runs(layers, x)
-            yield f"conv {kernel}×{kernel} {channels}→{outputs} at {side}², {sparsity:.0%}", forwards, backwards
+            yield f"conv {kernel}×{kernel} {channels}→{outputs} at {side}²", sparsity, forwards, backwards
+
+
+def layers_of_steps(sparsities: Sequence[float], tokens: Sequence[int], peer: object) -> Iterator[Case]:
+    for name, make, given in MODELS:
+        seen: dict[str, tuple[nn.Module, Tensor]] = {}
+        model = make()
+        with watching(model, (nn.Linear, nn.Conv2d)) as inputs:
+            model(**given)
+        first, *inner = [(n, m) for n, m in model.named_modules() if n in inputs]
+        for n, m in inner[:-1] if name.startswith("ResNet") else [first, *inner]:
+            seen.setdefault(f"{described(m)}, {'×'.join(map(str, inputs[n].shape))}", (m, inputs[n]))
+        for label, (layer, x) in seen.items():
+            for sparsity in sparsities:
+                dense = thinned(copy.deepcopy(layer), sparsity)
+                kinds: dict[str, nn.Module] = {"dense": dense}
+                kinds["fxopt"] = (SparseLinear if isinstance(dense, nn.Linear) else SparseConv2d).from_dense(dense)
+                if peer is not None:
+                    kinds["sparseprop"] = of_peer(peer, dense, x)
+                yield label, sparsity, *runs(kinds, x)
+
+
+def described(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Linear):
+        return f"linear {layer.in_features}→{layer.out_features}"
+    stride = "" if layer.stride == (1, 1) else f"/{layer.stride[0]}"
+    return f"conv {'×'.join(map(str, layer.kernel_size))}{stride} {layer.in_channels}→{layer.out_channels}"
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[dict[str, Tensor]]:
+    """The input that each layer of `kinds` is given inside, by name."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda _m, args, n=n: seen.__setitem__(n, args[0].detach()))
+        for n, m in model.named_modules()
+        if isinstance(m, kinds)
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
 
 
 def best_convolution(peer: object, dense: nn.Conv2d, x: Tensor) -> nn.Module:
@@ -126,10 +184,7 @@ def best_convolution(peer: object, dense: nn.Conv2d, x: Tensor) -> nn.Module:
 
 
 def steps(sparsities: Sequence[float], tokens: Sequence[int], peer: object) -> Iterator[Case]:
-    for name, make, x in (
-        ("ResNet-18, 8 × 224²", lambda: build("resnet18").train(), {"pixel_values": torch.randn(8, 3, 224, 224)}),
-        ("2 transformer blocks, 4 × 128", blocks, {"input": torch.randn(4, 128, 768)}),
-    ):
+    for name, make, x in MODELS:
         for sparsity in sparsities:
             model = make()
             layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -138,8 +193,7 @@ def steps(sparsities: Sequence[float], tokens: Sequence[int], peer: object) -> I
             models = {"dense": model, "fxopt": swap(model, x, min_sparsity=sparsity - 0.01, measure=False)[0]}
             if peer is not None:
                 models["sparseprop"] = with_peer(model, peer, sparsity - 0.01, x)
-            both = {kind: whole(m, x) for kind, m in models.items()}
-            yield f"{name}, {sparsity:.0%}: a step", both, {}
+            yield f"{name}: a step", sparsity, {kind: whole(m, x) for kind, m in models.items()}, {}
 
 
 class Block(nn.Module):
@@ -164,26 +218,22 @@ def blocks() -> nn.Module:
 
 def with_peer(model: nn.Module, peer: object, min_sparsity: float, x: dict[str, Tensor]) -> nn.Module:
     """Every sparse layer by SparseProp, none left out: for convolutions its faster kernel on the layer's own input."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        m.register_forward_pre_hook(lambda _m, args, n=n: seen.__setitem__(n, args[0].detach()))
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Conv2d)
-    ]
-    model(**x)
-    for hook in hooks:
-        hook.remove()
+    with watching(model, (nn.Conv2d, nn.Linear)) as seen:
+        model(**x)
     result = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear | nn.Conv2d) or (layer.weight == 0).float().mean() < min_sparsity:
             continue
         owner, _, last = name.rpartition(".")
-        if isinstance(layer, nn.Linear):
-            new = peer.SparseLinear.from_dense(layer)  # type: ignore[attr-defined]
-        else:
-            new = best_convolution(peer, layer, seen[name])
+        new = of_peer(peer, layer, seen[name])
         setattr(result.get_submodule(owner), last, new)
     return result
+
+
+def of_peer(peer: object, layer: nn.Module, x: Tensor) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        return peer.SparseLinear.from_dense(layer)  # type: ignore[attr-defined]
+    return best_convolution(peer, layer, x)
 
 
 def runs(layers: dict[str, nn.Module], x: Tensor) -> tuple[Runs, Runs]:
@@ -215,19 +265,22 @@ def whole(model: nn.Module, x: dict[str, Tensor]) -> Callable[[], object]:
     return run
 
 
-def ratios(calls: Runs, rounds: int) -> dict[str, float]:
+def ratios(calls: Runs, rounds: int, threads: Sequence[int]) -> dict[int, dict[str, float]]:
+    """By number of threads, the median over the rounds of dense over each."""
     if not calls:
-        return {}
-    seconds: list[dict[str, float]] = []
+        return {t: {} for t in threads}
+    seconds: dict[int, list[dict[str, float]]] = {t: [] for t in threads}
     for i in range(rounds + 2):
-        one = {}
-        for kind, call in calls.items():
-            start = time.perf_counter()
-            call()
-            one[kind] = time.perf_counter() - start
-        if i >= 2:  # the first two warm up
-            seconds.append(one)
-    return {kind: statistics.median(s["dense"] / s[kind] for s in seconds) for kind in calls}
+        for t in threads:
+            torch.set_num_threads(t)
+            one = {}
+            for kind, call in calls.items():
+                start = time.perf_counter()
+                call()
+                one[kind] = time.perf_counter() - start
+            if i >= 2:  # the first two warm up
+                seconds[t].append(one)
+    return {t: {k: statistics.median(s["dense"] / s[k] for s in found) for k in calls} for t, found in seconds.items()}
 
 
 def thinned(layer: nn.Module, sparsity: float) -> nn.Module:
@@ -270,6 +323,13 @@ def sparseprop() -> object | None:
     import sparseprop.modules
 
     return sparseprop.modules
+
+
+MODELS = (
+    ("ResNet-18, 8 × 224²", lambda: build("resnet18").train(), {"pixel_values": torch.randn(8, 3, 224, 224)}),
+    ("2 transformer blocks, 4 × 128", blocks, {"input": torch.randn(4, 128, 768)}),
+)
+TABLES = {"linear": linears, "conv": convolutions, "layers": layers_of_steps, "step": steps}
 
 
 if __name__ == "__main__":

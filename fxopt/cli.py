@@ -279,8 +279,11 @@ def sparsify(
     from fxopt import sparsify as sparsifying
 
     _check_writable(save, json_)
-    if unstructured is not None and density:
-        raise UsageError("--density was given beside --unstructured; give one of them")
+    if unstructured is not None:
+        of_blocks = {"--density": density, "--block": block != "32x32", "--select": select != "magnitude"}
+        of_blocks |= {"--rescale": rescale, "--tokens": tokens != "128"}
+        if given := [option for option, said in of_blocks.items() if said]:
+            raise UsageError(f"{given[0]} was given beside --unstructured; it is for blocks: give one of them")
     if unstructured is not None and not 0 <= unstructured <= 1:
         raise UsageError(f"--unstructured {unstructured} was given; expected a share from 0 to 1, such as 0.95")
     shape = _numbers(block, "x", "--block", "32x32")

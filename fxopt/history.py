@@ -17,7 +17,7 @@ from fxopt import patch
 from fxopt.delta import MARKS, Delta, diff, kept_meta
 from fxopt.errors import Conflict, FxoptError, IrreversibleEdit, TransformationError, UsageError
 from fxopt.garbage import sparing
-from fxopt.log import Commit, Recordable, commits, foreign, install, kept, put_back, store
+from fxopt.log import Commit, Recordable, commits, foreign, install, kept, put_back, repoint, store
 from fxopt.origin import source_of
 from fxopt.snapshot import Snapshot, graph_of, graphs, node_key, slot_of, snapshot
 from fxopt.split import Part, joined, whole
@@ -238,7 +238,7 @@ def undo_rewrites(gm: GraphModule, index: int, parts: Collection[str], edited: E
 
     def take_back(now: Snapshot) -> tuple[Commit, ...]:
         _revert(gm, commit, going, edited, now)
-        return (dataclasses.replace(commit, undone=commit.undone | ids),)
+        return (dataclasses.replace(commits(gm)[index], undone=commit.undone | ids),)
 
     _rebase(gm, index, take_back, going)
 
@@ -262,10 +262,10 @@ def redo_rewrite(gm: GraphModule, index: int, part: str) -> None:
 @sparing()
 def checkout(gm: GraphModule, count: int, edited: Edited = "refuse") -> None:
     """Undo all but the first ``count`` commits; edits made outside of fxopt are kept.  ``edited``: see `undo`."""
-    found = commits(gm)
     with atomic(gm) as now:
         edits = foreign(gm, now)
-        _take_off(gm, found[count:], edits, edited)
+        _take_off(gm, count, edits, edited)
+        found = commits(gm)  # what was carried back may be in them
         store(gm, found[:count], snapshot(gm))
         for edit in (*(d for c in found[count:] for d in c.foreign), *edits):
             _put_on(gm, edit, "an edit outside of fxopt", known=now)
@@ -298,14 +298,13 @@ def _rebase(gm: GraphModule, index: int, change: Change, going: Delta) -> None:
 
 
 def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...], now: Snapshot) -> None:
-    found = commits(gm)
-    commit, later = found[index], found[index + 1 :]
-    _take_off(gm, later, edits)
+    commit, later = commits(gm)[index], commits(gm)[index + 1 :]
+    _take_off(gm, index + 1, edits)
     before = snapshot(gm) if later or edits else now
     left = change(before)
-    mine = () if left else commit.foreign
-    _take_off(gm, (), mine)
-    store(gm, (*found[:index], *left), after := snapshot(gm))
+    mine = () if left else commits(gm)[index].foreign  # as they are where an edit was carried into them
+    _take_back(gm, mine)
+    store(gm, (*commits(gm)[:index], *left), after := snapshot(gm))
     for edit in mine:
         _put_on(gm, edit, f"an edit outside of fxopt, before {commit.signature},", known=now)
     moved = diff(before, snapshot(gm) if mine else after).existence() if later or edits else set()
@@ -318,19 +317,19 @@ def _replay(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...
 
 
 def _in_place(gm: GraphModule, index: int, change: Change, edits: tuple[Delta, ...], before: Snapshot) -> None:
-    found = commits(gm)
-    commit, later = found[index], found[index + 1 :]
+    commit = commits(gm)[index]
     left = change(before)
+    later = commits(gm)[index + 1 :]
     if not left:
         over = [d for c in later for d in c.deltas()] + list(edits)
         over = patch.without(gm, commit.delta, diff(before, snapshot(gm)), over)
         later, edits = _dealt(later, over)
-    mine = () if left else commit.foreign
+    mine = () if left else commits(gm)[index].foreign  # as they are where an edit was carried into them
     if later:
         later = (dataclasses.replace(later[0], foreign=(*mine, *later[0].foreign)), *later[1:])
     else:
         edits = (*mine, *edits)
-    store(gm, (*found[:index], *left, *later), snapshot(gm), edits)
+    store(gm, (*commits(gm)[:index], *left, *later), snapshot(gm), edits)
 
 
 def _dealt(later: tuple[Commit, ...], over: list[Delta]) -> tuple[tuple[Commit, ...], tuple[Delta, ...]]:
@@ -342,13 +341,18 @@ def _dealt(later: tuple[Commit, ...], over: list[Delta]) -> tuple[tuple[Commit, 
     return tuple(found), tuple(rest)
 
 
-def _take_off(gm: GraphModule, later: Sequence[Commit], edits: Sequence[Delta], edited: Edited = "refuse") -> None:
-    """Take back ``edits``, and under them the commits ``later``."""
+def _take_off(gm: GraphModule, count: int, edits: Sequence[Delta], edited: Edited = "refuse") -> None:
+    """Take back ``edits``, and under them all commits but the first ``count``."""
+    _take_back(gm, edits)
+    for index in reversed(range(count, len(commits(gm)))):
+        commit = commits(gm)[index]  # as it is when its turn comes: one above may have carried an edit into it
+        _revert(gm, commit, commit.active(), edited)
+        _take_back(gm, commits(gm)[index].foreign)
+
+
+def _take_back(gm: GraphModule, edits: Sequence[Delta]) -> None:
     for edit in reversed(edits):
         _put_on(gm, edit.inverse(), "the graph module without an edit outside of fxopt")
-    for commit in reversed(later):
-        _revert(gm, commit, commit.active(), edited)
-        _take_off(gm, (), commit.foreign)
 
 
 def _put_on(
@@ -421,7 +425,8 @@ def _revert(gm: GraphModule, commit: Commit, going: Delta, edited: Edited, now: 
         carried = values
     patch.apply(gm, inverse)
     for path, value in carried.items():
-        patch.replace_tensor(gm, path, value)
+        if (replaced := patch.replace_tensor(gm, path, value)) is not None:
+            repoint(gm, *replaced)
 
 
 def _trained(commit: Commit, now: Snapshot) -> list[str]:

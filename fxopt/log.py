@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import operator
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxopt.delta import Delta, diff, keep_name, plain_meta
 from fxopt.errors import TransformationError
 from fxopt.forward import quicken
-from fxopt.snapshot import Record, Snapshot, by_name, by_node, graphs, snapshot
+from fxopt.snapshot import Record, Slot, Snapshot, by_name, by_node, fresh, graphs, snapshot
 from fxopt.split import Part, joined, split, whole
 from fxopt.watch import name_alike
 
@@ -149,6 +150,30 @@ def store(gm: GraphModule, found: tuple[Commit, ...], last: Snapshot, pending: t
     gm.meta[_WORK] = Work(pending, last)
 
 
+def repoint(gm: GraphModule, old: torch.Tensor, new: torch.Tensor) -> None:
+    """
+    Let the history of ``gm`` say of ``new``, with which an edit was carried back, what it says of ``old``.
+
+    An earlier commit that made ``old`` has made ``new`` then, edited since: undoing it is asked the same question.
+    """
+
+    def seen(slot: Slot | None) -> Slot | None:
+        return slot.of_copy(new, True) if slot is not None and slot.value is old else slot
+
+    def moved(delta: Delta) -> Delta:
+        pairs = {p: (seen(a), seen(b)) for p, (a, b) in delta.slots.items()}
+        if all(pair[i] is delta.slots[p][i] for p, pair in pairs.items() for i in (0, 1)):
+            return delta
+        return dataclasses.replace(delta, slots=pairs)
+
+    def told(commit: Commit) -> Commit:
+        delta, foreign = moved(commit.delta), tuple(map(moved, commit.foreign))
+        same = all(map(operator.is_, (delta, *foreign), (commit.delta, *commit.foreign)))
+        return commit if same else dataclasses.replace(commit, delta=delta, foreign=foreign)
+
+    gm.meta[_KEY] = tuple(map(told, commits(gm)))
+
+
 def kept(gm: GraphModule) -> tuple[tuple[Commit, ...], Work]:
     """The history and the state of work, to be put back by `put_back`."""
     return commits(gm), gm.meta.get(_WORK, Work())
@@ -197,6 +222,7 @@ def _deepcopy(gm: GraphModule, memo: dict[int, Any]) -> GraphModule:
     for name, value in gm.__dict__.items():
         if name not in _MADE_ANEW:
             twin.__dict__[name] = copy.deepcopy(value, memo)
+    _own_metas(twin)
     name_alike(gm, twin)
     keep_name(gm, twin)
     if commits(gm) or _WORK in gm.meta:
@@ -204,6 +230,15 @@ def _deepcopy(gm: GraphModule, memo: dict[int, Any]) -> GraphModule:
         store(twin, commits(twin), snapshot(twin), pending)
     install(twin)
     return twin
+
+
+def _own_metas(twin: GraphModule) -> None:
+    """Give the nodes of a copy lists and dictionaries of their own in ``meta``, where torch's copy shares them."""
+    own: dict[int, tuple[Any, Any]] = {}  # one that stands at several nodes is one in the copy too
+    for node in twin.graph.nodes:
+        for key, held in node.meta.items():
+            if (copied := own.setdefault(id(held), (held, fresh(held)))[1]) is not held:
+                node.meta[key] = copied
 
 
 @dataclass(frozen=True)

@@ -472,12 +472,19 @@ def put_slot(gm: GraphModule, path: str, slot: Slot) -> None:
     _put(gm, path, slot)
 
 
-def replace_tensor(gm: GraphModule, path: str, value: torch.Tensor) -> None:
-    """Put ``value`` in place of the parameter or buffer at ``path``, which keeps its kind, under every tied path."""
+def replace_tensor(gm: GraphModule, path: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """
+    Put ``value`` in place of the parameter or buffer at ``path``, which keeps its kind, under every tied path.
+
+    Returns the tensor that stood there and the one that stands there now; None, and all stays, if they are equal.
+    """
     slots = state(gm)[0]
     old = slots[path]
+    if value.dtype == old.value.dtype and value.device == old.value.device and torch.equal(value, old.value):
+        return None
     if old.kind == "parameter":
         value = nn.Parameter(value.detach(), requires_grad=old.value.requires_grad)
     for tied, slot in slots.items():
         if slot.value is old.value:
             _put(gm, tied, dataclasses.replace(slot, value=value))
+    return old.value, value

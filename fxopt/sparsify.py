@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,11 @@ def sparsify_unstructured(
     """
     if guard not in ("auto", "off"):
         raise UsageError(f"guard={guard!r} was given; expected 'auto' or 'off'")
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise UsageError(f"--pattern {name} is no regular expression: {error}") from None
     layers = "|".join(f"(?:{name})" for name in names) or ".*"
     prune = SparsifyWeights(sparsity=sparsity, layers=layers)
     swap = SwapSparse(min(sparsity, 0.5), measure=guard == "auto", backward=False, layers=layers)

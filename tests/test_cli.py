@@ -305,3 +305,38 @@ def test_report_and_trace(fxopt_, tmp_path):
     assert code == 2 and "--out" in err
     code, _, err = fxopt_("optimize", *fast, "--no-benchmark", "--trace", tmp_path / "t.json")
     assert code == 2 and "--no-benchmark times nothing" in err
+
+
+def test_sparsify_unstructured_is_saved_and_undone(fxopt_, tmp_path):
+    folder, table = tmp_path / "sparse", tmp_path / "table.json"
+    some = ("sparsify", "bert-base-tiny", "--unstructured", "0.9", "--pattern", r".*(intermediate|output)\.dense")
+    code, out, err = fxopt_(*some, "--guard", "off", "--no-benchmark", "--save", folder, "--json", table)
+    assert code == 0 and "saved to" in out, err
+    layers = {layer["name"]: layer for layer in json.loads(table.read_text())[0]["layers"]}
+    swapped = {name for name, layer in layers.items() if layer["swapped"]}
+    assert len(swapped) == 6 and all(name.endswith((".intermediate.dense", ".output.dense")) for name in swapped)
+    assert all(abs(layers[name]["sparsity"] - 0.9) < 0.01 for name in swapped)
+    assert [c.signature.partition("(")[0] for c in fxopt.history(fxopt.load(folder))] == [
+        "SparsifyWeights",
+        "SwapSparse",
+    ]
+    for name in ("SwapSparse", "SparsifyWeights"):
+        code, out, err = fxopt_("undo", folder, name)
+        assert code == 0 and f"undone: {name}(" in out, err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--unstructured", "1.5"), "expected a share from 0 to 1"),
+        (("--unstructured", "0.9", "--pattern", "nothing"), "no linear layer or 2-d convolution matches nothing"),
+        (("--unstructured", "0.9", "--pattern", "("), "--pattern ( is no regular expression"),
+        (("--unstructured", "0.9", "--guard", "maybe"), "expected 'auto' or 'off'"),
+        (("--unstructured", "0.9", "--density", "0.5"), "--density was given beside --unstructured"),
+        (("--unstructured", "0.9", "--block", "4x4"), "--block was given beside --unstructured"),
+        (("--unstructured", "0.9", "--tokens", "1"), "--tokens was given beside --unstructured"),
+    ],
+)
+def test_sparsify_unstructured_refuses_in_one_line(fxopt_, options, told):
+    code, _, err = fxopt_("sparsify", "bert-base-tiny", *options)
+    assert code == 2 and told in err and err.startswith("fxopt: ") and err.count("\n") == 1

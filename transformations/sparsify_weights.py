@@ -37,7 +37,7 @@ class SparsifyWeights(ReversibleTransformation):
     layer for itself, or "global".  `pattern` "2:4", or another N:M, keeps the 2 largest of every 4 inputs instead.
     `layers` is a regular expression that a layer's whole path matches.  `report(gm)` tells of every layer.
     ``SwapSparse`` then makes use of the zeros.  Undone after training with ``reverse(gm, edited="carry")``, the
-    trained weights take the place of the original ones.
+    weights that were trained take the place of the original ones.
     """
 
     sparsity: float | None = None
@@ -92,11 +92,12 @@ class SparsifyWeights(ReversibleTransformation):
             yield from (found for found in self._layers(inner) if isinstance(found, Miss))
 
     def carry(self, gm: GraphModule, rewrite: Delta) -> Mapping[str, Tensor] | None:
-        """The pruned weights as they are now."""
+        """The pruned weights that were trained, as they are now; the others give way to the original ones."""
         carried: dict[str, Tensor] = {}
         for path, (before, after) in rewrite.tensors().items():
             now = mechanism.constant(gm, Attr(path))
-            if before is not None and after is not None and now is not None:
+            made = rewrite.slots[path][1]
+            if before is not None and after is not None and now is not None and made is not None and made.edited():
                 carried[path] = now.detach().clone()
         return carried
 

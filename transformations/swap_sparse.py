@@ -18,6 +18,7 @@ from fxopt import vocabulary as ops
 from fxopt.delta import Delta, graphs
 from fxopt.errors import UsageError
 from fxopt.kernels.unstructured_conv import SparseConv2d, pads
+from fxopt.kernels.unstructured_pattern import rows_of
 from fxopt.ops import Attr
 from fxopt.shapes import propagate
 from fxopt.snapshot import graph_of, node_key, path_in
@@ -159,8 +160,7 @@ def _made(gm: GraphModule, tensors: Mapping[str, Any], wanted: str) -> Tensor | 
 def _scatter(dense: Tensor, values: Tensor, row_start: Tensor, column: Tensor) -> Tensor:
     """`values` at their places in `dense`; columns are counted over all groups of a convolution."""
     flat = dense.view(dense.shape[0], -1)
-    rows = torch.repeat_interleave(torch.arange(flat.shape[0]), row_start.long().diff())
-    flat[rows, column.long() % flat.shape[1]] = values
+    flat[rows_of(row_start), column.long() % flat.shape[1]] = values
     return dense
 
 

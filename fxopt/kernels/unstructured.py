@@ -14,10 +14,8 @@ dense weight: right, and no faster. Other dtypes are refused; under autocast it 
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,8 @@ from torch import Tensor
 
 from fxopt.errors import UsageError
 from fxopt.kernels import native
+from fxopt.kernels.unstructured_pattern import dense, rows_of
+from fxopt.kernels.unstructured_window import Window, gradients_like
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
 
@@ -32,84 +32,6 @@ _INPUT, _VALUES, _BIAS = 1, 2, 4  # `Wanted` of unstructured.h
 _DTYPES = (torch.float32, torch.float64)
 _ALONE = 100_000
 """Products up to which one thread is as fast as several, which have to be woken."""
-
-
-# --- patterns --------------------------------------------------------------------------------------------------------
-
-
-class Pattern(NamedTuple):
-    """
-    Where the values of a sparse weight stand, int32: by rows, and by columns.
-
-    `row_start` (rows + 1,) and `column` (values,): the values of row r are those from row_start[r] to row_start[r + 1],
-    in the columns told. `column_start` (columns + 1,), `row` and `place` (values,): the same by columns; `place` is
-    where a value stands in the order by rows. Of a convolution, a row is an output channel. There a column, by rows, is
-    input channel · taps + tap, the channel counted over all groups and the tap i · width + j; and by columns, the
-    columns are the input channels once for each phase of the stride, and `row` is output channel · taps + tap.
-    """
-
-    row_start: Tensor
-    column: Tensor
-    column_start: Tensor
-    row: Tensor
-    place: Tensor
-
-
-def linear_pattern(row_start: Tensor, column: Tensor, inputs: int) -> Pattern:
-    """The pattern of a weight (outputs, inputs), from its view by rows."""
-    rows = _rows(row_start)
-    return Pattern(row_start, column, *_by_column(column.long(), rows, inputs))
-
-
-def conv2d_pattern(
-    row_start: Tensor,
-    column: Tensor,
-    channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-) -> Pattern:
-    """The pattern of a convolution over `channels` channels in all, from its view by rows."""
-    taps = kernel_size[0] * kernel_size[1]
-    channel, tap = column.long() // taps, column.long() % taps
-    i, j = tap // kernel_size[1] * dilation[0], tap % kernel_size[1] * dilation[1]
-    phase = i % stride[0] * stride[1] + j % stride[1]
-    rows = _rows(row_start) * taps + tap
-    return Pattern(row_start, column, *_by_column(phase * channels + channel, rows, channels * stride[0] * stride[1]))
-
-
-def by_row(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`row_start` and `column` of a boolean matrix (rows, columns)."""
-    count = int(mask.sum())
-    if count >= 2**31 or mask.shape[1] >= 2**31:
-        raise UsageError(
-            f"the weight has {count} values of shape {tuple(mask.shape)}; expected less than 2**31 of each"
-        )
-    column = mask.nonzero()[:, 1].to(torch.int32)
-    return _starts(mask.sum(1)), column
-
-
-def _rows(row_start: Tensor) -> Tensor:
-    counts = row_start.long().diff()
-    return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
-
-
-def _by_column(column: Tensor, row: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    place = torch.argsort(column, stable=True)
-    return _starts(torch.bincount(column, minlength=columns)), row[place].to(torch.int32), place.to(torch.int32)
-
-
-def _starts(counts: Tensor) -> Tensor:
-    start = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
-    start[1:] = counts.cumsum(0)
-    return start
-
-
-def _dense(values: Tensor, row_start: Tensor, column: Tensor, columns: int) -> Tensor:
-    """The weight as a matrix (rows, columns)."""
-    dense = values.new_zeros(row_start.numel() - 1, columns)
-    dense[_rows(row_start), column.long()] = values
-    return dense
 
 
 # --- linear ----------------------------------------------------------------------------------------------------------
@@ -139,7 +61,7 @@ def sparse_linear(
     x2 = x.reshape(-1, inputs).contiguous()
     run = _kernel("fxopt_sparse_linear", [_P] * 6 + [_L] * 3 + [_I] * 2, x)
     if run is None:
-        return F.linear(x, _dense(values, row_start, column, inputs), bias)
+        return F.linear(x, dense(values, row_start, column, inputs), bias)
     y = x.new_empty(x2.shape[0], outputs)
     held = (x2, row_start, column, values.contiguous(), _contiguous(bias), y)
     run(*map(native.address, held), x2.shape[0], inputs, outputs, *_context(x2.shape[0] * values.numel()))
@@ -167,12 +89,12 @@ def sparse_linear_backward(
     inputs, outputs = column_start.numel() - 1, row_start.numel() - 1
     x2, g2 = x.reshape(-1, inputs).contiguous(), gradient.reshape(-1, outputs).contiguous()
     run = _kernel("fxopt_sparse_linear_backward", [_P] * 9 + [_L] * 3 + [_I] * 3, x, gradient)
-    dx, dw, db = _gradients(x, values, outputs, wanted)
+    dx, dw, db = gradients_like(x, values, outputs, wanted)
     if run is None:
         if wanted[0]:
-            dx = (g2 @ _dense(values, row_start, column, inputs)).view(x.shape)
+            dx = (g2 @ dense(values, row_start, column, inputs)).view(x.shape)
         if wanted[1]:
-            dw = (g2.t() @ x2)[_rows(row_start), column.long()]
+            dw = (g2.t() @ x2)[rows_of(row_start), column.long()]
         return dx, dw, g2.sum(0) if wanted[2] else db
     held = (x2, g2, column_start, row, place, values.contiguous(), dx, dw, db)
     sizes = (x2.shape[0], inputs, outputs)
@@ -183,7 +105,7 @@ def sparse_linear_backward(
 def _sparse_linear_backward_like(
     gradient: Tensor, x: Tensor, values: Tensor, row_start: Tensor, *pattern_and_wanted: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x, values, row_start.shape[0] - 1, pattern_and_wanted[-1])
+    return gradients_like(x, values, row_start.shape[0] - 1, pattern_and_wanted[-1])
 
 
 # --- convolution -----------------------------------------------------------------------------------------------------
@@ -211,7 +133,7 @@ def sparse_conv2d(
     the layout of x. Raises `UsageError` for other dtypes and for shapes that do not fit.
     """
     _check("sparse_conv2d", x, values, bias, column)
-    window = _Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
+    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
     images = x.reshape(-1, *x.shape[-3:]).contiguous()
     run = _kernel("fxopt_sparse_conv2d", [_P] * 7 + [_I] * 2, x) if window.fits() else None
     if run is None:
@@ -240,7 +162,7 @@ def _sparse_conv2d_like(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    window = _Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
+    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
     return x.new_empty(window.result(x))
 
 
@@ -261,13 +183,13 @@ def sparse_conv2d_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `sparse_conv2d` by x, values and bias, from that by its result; empty where not `wanted`."""
-    window = _Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
+    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
     images = x.reshape(-1, *x.shape[-3:]).contiguous()
     g = gradient.reshape(-1, window.outputs, *window.out).contiguous()
     run = _kernel("fxopt_sparse_conv2d_backward", [_P] * 10 + [_I] * 3, x, gradient) if window.fits() else None
     if run is None:
         return window.backward(g, x, images, values, row_start, column, groups, wanted)
-    dx, dw, db = _gradients(x, values, window.outputs, wanted)
+    dx, dw, db = gradients_like(x, values, window.outputs, wanted)
     if not g.numel():
         return dx.zero_(), dw.zero_(), db.zero_()
     held = (images, g, column_start, row, place, values.contiguous(), dx, dw, db)
@@ -279,108 +201,7 @@ def sparse_conv2d_backward(
 def _sparse_conv2d_backward_like(
     gradient: Tensor, x: Tensor, values: Tensor, row_start: Tensor, *pattern_and_wanted: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x, values, row_start.shape[0] - 1, pattern_and_wanted[-1])
-
-
-class _Window(NamedTuple):
-    """A convolution's sizes: all that its kernels need to know besides the batch."""
-
-    channels: int
-    outputs: int
-    size: tuple[int, int]
-    out: tuple[int, int]
-    kernel: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int]  # top, bottom, left, right
-    dilation: Sequence[int]
-
-    @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        row_start: Tensor,
-        column_start: Tensor,
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-    ) -> _Window:
-        channels = (column_start.shape[0] - 1) // (stride[0] * stride[1])
-        if x.dim() not in (3, 4) or x.shape[-3] != channels:
-            expected = f"(batch, {channels}, height, width) or ({channels}, height, width)"
-            raise UsageError(f"sparse_conv2d was given an input of shape {tuple(x.shape)}; expected {expected}")
-        height, width = x.shape[-2:]
-        spans = [dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
-        padded = (height + padding[0] + padding[1], width + padding[2] + padding[3])
-        if padded[0] < spans[0] or padded[1] < spans[1]:
-            raise UsageError(
-                f"a kernel of {spans[0]}×{spans[1]} does not fit a padded input of {padded[0]}×{padded[1]}"
-            )
-        out = tuple((padded[i] - spans[i]) // stride[i] + 1 for i in (0, 1))
-        outputs = row_start.shape[0] - 1
-        return cls(channels, outputs, (height, width), (out[0], out[1]), kernel, stride, padding, dilation)
-
-    def result(self, x: Tensor) -> tuple[int, ...]:
-        """The shape of the convolution of `x`."""
-        return (*x.shape[:-3], self.outputs, *self.out)
-
-    def fits(self) -> bool:
-        """Whether the kernels' int32 offsets reach over a padded image, forward and backward."""
-        sides = [
-            max(self.size[i] + sum(self.padding[2 * i : 2 * i + 2]), self.out[i] * self.stride[i])
-            + self.dilation[i] * self.kernel[i]
-            + 2 * self.stride[i]
-            for i in (0, 1)
-        ]
-        return math.prod(sides) * max(self.channels, self.outputs) < 2**31
-
-    def shape(self, batch: int) -> Any:
-        """`Shape` of unstructured_conv.cpp."""
-        top, _, left, _ = self.padding
-        numbers = (batch, self.channels, *self.size, self.outputs, *self.out, *self.kernel, *self.stride, top, left)
-        return (ctypes.c_int64 * 15)(*numbers, *self.dilation)
-
-    def pad(self, images: Tensor) -> Tensor:
-        top, bottom, left, right = self.padding
-        return F.pad(images, (left, right, top, bottom))
-
-    def places(self, row_start: Tensor, column: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the values in the weight as torch has it, (outputs, channels / groups · taps)."""
-        rows, taps = _rows(row_start), self.kernel[0] * self.kernel[1]
-        first = rows // (self.outputs // groups) * (self.channels // groups)
-        return rows, column.long() - first * taps
-
-    def weight(self, values: Tensor, row_start: Tensor, column: Tensor, groups: int) -> Tensor:
-        """The weight as torch has it."""
-        inner = (self.channels // groups, *self.kernel)
-        dense = values.new_zeros(self.outputs, math.prod(inner))
-        dense[self.places(row_start, column, groups)] = values
-        return dense.view(self.outputs, *inner)
-
-    def backward(
-        self,
-        g: Tensor,
-        x: Tensor,
-        images: Tensor,
-        values: Tensor,
-        row_start: Tensor,
-        column: Tensor,
-        groups: int,
-        wanted: Sequence[bool],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`sparse_conv2d_backward` by torch's dense convolution."""
-        weight = self.weight(values, row_start, column, groups)
-        dx, dw, db = _gradients(x, values, self.outputs, wanted)
-        padded, whole = self.pad(images), [wanted[0], wanted[1], False]
-        options = (list(self.stride), [0, 0], list(self.dilation), False, [0, 0], groups)
-        by_input, by_weight, _ = torch.ops.aten.convolution_backward(g, padded, weight, None, *options, whole)
-        if wanted[0]:
-            top, _, left, _ = self.padding
-            inner = by_input[..., top : top + self.size[0], left : left + self.size[1]]
-            dx = inner.contiguous().view(x.shape)
-        if wanted[1]:
-            dw = by_weight.reshape(self.outputs, -1)[self.places(row_start, column, groups)]
-        return dx, dw, g.sum((0, 2, 3)) if wanted[2] else db
+    return gradients_like(x, values, row_start.shape[0] - 1, pattern_and_wanted[-1])
 
 
 # --- what both need --------------------------------------------------------------------------------------------------
@@ -424,12 +245,6 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _bits(wanted: Sequence[bool]) -> int:
     return sum(bit for bit, want in zip((_INPUT, _VALUES, _BIAS), wanted, strict=True) if want)
-
-
-def _gradients(x: Tensor, values: Tensor, outputs: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    dx = x.new_empty(x.shape if wanted[0] else (0,))
-    dw = values.new_empty(values.shape if wanted[1] else (0,))
-    return dx, dw, values.new_empty((outputs,) if wanted[2] else (0,))
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.errors import UsageError
-from fxopt.kernels.unstructured import Pattern, by_row, conv2d_pattern
-from fxopt.kernels.unstructured_weight import SparseWeight, mask_of
+from fxopt.kernels.unstructured_pattern import Pattern, by_row, conv2d_pattern, rows_of
+from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, mask_of
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -65,7 +65,7 @@ class SparseConv2d(SparseWeight):
         mask = mask_of(dense)
         row_start, column = by_row(mask.reshape(outputs, -1))
         taps = kernel[0] * kernel[1]
-        column = column + (self._rows(row_start) // (outputs // groups) * inner * taps).to(torch.int32)
+        column = column + (rows_of(row_start) // (outputs // groups) * inner * taps).to(torch.int32)
         self._set(dense[mask], self.pattern_of(row_start, column), bias, like)
 
     @classmethod
@@ -73,11 +73,15 @@ class SparseConv2d(SparseWeight):
         """
         The same layer over the non-zeros of its weight, trained or frozen as it is, in the same mode.
 
-        `vectorizing_over_on` chooses between SparseProp's two kernels. Here there is one, over the pixels of all rows
-        joined, which fills vectors for narrow and for wide images; the argument is taken and changes nothing.
+        `vectorizing_over_on` chooses between SparseProp's two kernels, whose vectors run along a row of the result or
+        across the batch. Here there is one: its vectors run over the pixels of all rows joined, which fills them for
+        narrow and for wide images and for a batch of one. So True, False and None, "whichever is faster", do the same.
         """
+        if vectorizing_over_on is not None and not isinstance(vectorizing_over_on, bool):
+            raise UsageError(f"vectorizing_over_on={vectorizing_over_on!r} was given; expected True, False or None")
         if not isinstance(conv, nn.Conv2d):
             raise UsageError(f"SparseConv2d.from_dense was given a {type(conv).__name__}; expected a torch.nn.Conv2d")
+        check_initialized(conv)
         options = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
         return cls(conv.weight, conv.bias, *options).train(conv.training)  # type: ignore[arg-type]
 
@@ -135,14 +139,9 @@ class SparseConv2d(SparseWeight):
         """The whole pattern, from its view by rows."""
         return conv2d_pattern(row_start, column, self.in_channels, self.kernel_size, self.stride, self.dilation)
 
-    @staticmethod
-    def _rows(row_start: Tensor) -> Tensor:
-        counts = row_start.long().diff()
-        return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
-
     def _places(self) -> tuple[Tensor, Tensor]:
         """Rows and columns of the values in the weight as a matrix (out_channels, in_channels / groups · taps)."""
-        rows = self._rows(self.row_start)
+        rows = rows_of(self.row_start)
         inner = torch.Size(self.weight_shape[1:]).numel()
         return rows, self.column.long() - rows // (self.out_channels // self.groups) * inner
 

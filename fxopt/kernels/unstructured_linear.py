@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import UsageError
-from fxopt.kernels.unstructured import Pattern, by_row, linear_pattern
-from fxopt.kernels.unstructured_weight import SparseWeight, mask_of
+from fxopt.kernels.unstructured_pattern import Pattern, by_row, linear_pattern, rows_of
+from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, mask_of
 
 
 class SparseLinear(SparseWeight):
@@ -37,6 +37,7 @@ class SparseLinear(SparseWeight):
         """The same layer over the non-zeros of its weight, trained or frozen as it is, in the same mode."""
         if not isinstance(linear, nn.Linear):
             raise UsageError(f"SparseLinear.from_dense was given a {type(linear).__name__}; expected a torch.nn.Linear")
+        check_initialized(linear)
         return cls(linear.weight, linear.bias).train(linear.training)
 
     @classmethod
@@ -65,9 +66,7 @@ class SparseLinear(SparseWeight):
         return linear_pattern(row_start, column, self.in_features)
 
     def _places(self) -> tuple[Tensor, Tensor]:
-        counts = self.row_start.long().diff()
-        rows = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
-        return rows, self.column.long()
+        return rows_of(self.row_start), self.column.long()
 
     def dense_weight(self) -> Tensor:
         """The weight with its zeros (out_features, in_features)."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fxopt.errors import UsageError
-from fxopt.kernels.unstructured import Pattern
+from fxopt.kernels.unstructured_pattern import Pattern
 
 _KEPT = ("row_start", "column")  # in the state dict; the view by columns follows from them
 
@@ -67,7 +68,8 @@ class SparseWeight(nn.Module):
         Drop the values where `kept` is False: boolean, of the values' shape or of `weight_shape`; none can be added.
 
         `values` stays the same parameter, shorter, without its gradient. Returns the places (int64) of what is left in
-        the former values, with which an optimizer's state is cut likewise.
+        the former values, with which an optimizer's state is cut likewise. What holds the former size has to be made
+        anew: `torch.nn.parallel.DistributedDataParallel` around the model (with a fixed pattern it trains as it is).
         """
         if kept.dtype != torch.bool or tuple(kept.shape) not in (tuple(self.values.shape), tuple(self.weight_shape)):
             shapes = f"{tuple(self.values.shape)} or {tuple(self.weight_shape)}"
@@ -81,8 +83,7 @@ class SparseWeight(nn.Module):
         before[1:] = kept.cumsum(0)
         start = before[self.row_start.long()].to(torch.int32)
         self._set_pattern(self.pattern_of(start, self.column[left]))
-        self.values.grad = None
-        self.values.data = self.values.detach()[left].clone()
+        self._resize(self.values.detach()[left].clone())
         return left
 
     def apply_further_mask(self, mask: Tensor) -> None:
@@ -153,15 +154,31 @@ class SparseWeight(nn.Module):
         device = self.row_start.device
         self._set_pattern(self.pattern_of(row_start.to(device, torch.int32), column.to(device, torch.int32)))
         if self.values.shape != values.shape:
-            self.values.grad = None
-            self.values.data = self.values.data.new_empty(values.shape)
+            self._resize(self.values.detach().new_empty(values.shape))
         return None
+
+    def _resize(self, data: Tensor) -> None:
+        """Let the parameter hold `data`, of another size; autograd is made to forget the former one."""
+        self.values.grad = None
+        # A loss that is still held keeps the node that gathers this parameter's gradient, which knows the old size, and
+        # torch takes a new one only where the type changes.
+        other = torch.float32 if data.dtype == torch.float64 else torch.float64
+        self.values.data = data.new_empty(0, dtype=other)
+        self.values.data = data
 
 
 def mask_of(weight: Tensor, name: str = "the weight") -> Tensor:
     """Where `weight` is not zero; `UsageError` where it cannot be held sparsely: another dtype, NaN or infinite."""
     if weight.dtype not in (torch.float32, torch.float64):
         raise UsageError(f"{name} is {weight.dtype}; expected float32 or float64: cast it with .float()")
+    if weight.is_meta:
+        raise UsageError(f"{name} is on the meta device, which holds no numbers; load it first")
     if not bool(torch.isfinite(weight).all()):
         raise UsageError(f"{name} has elements that are NaN or infinite; expected finite numbers: mend it first")
     return weight != 0
+
+
+def check_initialized(layer: nn.Module) -> None:
+    """`UsageError` for a lazy layer that has not seen an input yet."""
+    if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+        raise UsageError(f"a {type(layer).__name__} was given whose weight has no shape yet; run it once first")

@@ -80,8 +80,11 @@ def swap(
     `swap_modules_with_sparse`, with a report on every layer: sparsity, measured ratios, decision and why.
 
     Tries from half of zeros on, where a training step can begin to gain. `measure=False` swaps all that is sparse
-    enough.
+    enough. Zeros of a layer that stays dense are trained like any weight: to keep them, attach a ``Pruner(model,
+    "existing")`` to the optimizer.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a {type(model).__name__} was given; expected a torch.nn.Module")
     _check_sparsity(min_sparsity)
     names = dict(model.named_modules(remove_duplicate=False))
     if unknown := sorted(set(skip_modules) - names.keys()):
@@ -151,9 +154,9 @@ def _seen(model: nn.Module, inputs: Any) -> dict[int, tuple[tuple[int, ...], boo
         seen[id(layer)] = (tuple(larger), gradient or x.requires_grad)
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in layers]
-    modes = [(m, m.training) for m in model.modules()]
     args, kwargs = _arguments(model, inputs)
+    modes = [(m, m.training) for m in model.modules()]
+    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in layers]
     model.eval()  # statistics stay as they are
     try:
         with torch.enable_grad():
@@ -174,6 +177,9 @@ def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str
         return (), dict(inputs)
     if isinstance(inputs, Tensor):
         return (inputs,), {}
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        expected = "the shape of a batch, a tensor, a tuple of positional inputs or a mapping of keywords"
+        raise UsageError(f"{inputs!r} was given as inputs; expected {expected}")
     given = tuple(inputs)
     if given and all(isinstance(n, int) for n in given):
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -182,7 +188,7 @@ def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str
 
 
 def _check_sparsity(min_sparsity: float) -> None:
-    if not 0 <= min_sparsity <= 1:
+    if not isinstance(min_sparsity, int | float) or not 0 <= min_sparsity <= 1:
         raise UsageError(f"min_sparsity={min_sparsity} was given; expected a share from 0 to 1, such as 0.8")
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import fxopt.kernels  # noqa: F401  (registers torch.ops.fxopt)
-from fxopt.kernels.unstructured import Pattern
 from fxopt.kernels.unstructured_conv import SparseConv2d, pads
 from fxopt.kernels.unstructured_linear import SparseLinear
+from fxopt.kernels.unstructured_pattern import Pattern
 from fxopt.ops import op, spell
 
 fused = torch.ops.fxopt

@@ -18,7 +18,7 @@ from fxopt.snapshot import graphs
 from fxopt.transformation import Transformation
 from fxopt.watch import own
 from tests.graphs import DIALECTS, Case, cases
-from tests.laws.passes import EDITS, catalogue, optimums
+from tests.laws.passes import EDITS, catalogue, optimums, sparse
 from tests.laws.portrait import outputs, portrait
 
 EXAMPLES = hypothesis.settings().max_examples
@@ -83,7 +83,7 @@ def edits(kinds: tuple[Any, ...] = EDITS) -> st.SearchStrategy[Said]:
     return st.builds(lambda kind, pick: Said(kind(pick)), st.sampled_from(kinds), st.integers(0, 11))
 
 
-OURS = st.sampled_from([Said(t) for t in OWN])
+OURS = st.sampled_from([Said(t) for t in (*OWN, *sparse())])
 ANY = st.one_of(OURS, edits(), edits(), st.sampled_from([Said(t) for t in OPTIMUMS]))
 
 

@@ -16,7 +16,9 @@ from torch.fx import Graph, GraphModule, Node, subgraph_rewriter
 
 import fxopt.transformations
 from fxopt.compose import adopt
+from fxopt.sparse import Spec
 from fxopt.transformation import ReversibleTransformation, Rewrite, Transformation
+from fxopt.transformations import BlockSparsify, SparsifyWeights, SwapSparse
 
 ATEN = torch.ops.aten
 # All of one signature, so that one can stand for another.
@@ -473,6 +475,23 @@ def catalogue() -> list[Transformation]:
             if not needed and not kind.__abstractmethods__ and kind is not Rewrite:
                 found.append(kind())
     return found
+
+
+class AnyBlocks(BlockSparsify):
+    """Is content where there is nothing to make sparse, as the others are."""
+
+    def _check(self, gm: GraphModule) -> None:
+        pass
+
+
+def sparse() -> list[Transformation]:
+    """Those that find sites only with options: weights lose elements or blocks, and are computed with what is left."""
+    return [
+        SparsifyWeights(sparsity=0.75),
+        SparsifyWeights(pattern="2:4"),
+        SwapSparse(min_sparsity=0.0, measure=False),
+        AnyBlocks({".*": Spec(0.5, (2, 2))}, guard="off"),
+    ]
 
 
 def optimums() -> list[Transformation]:

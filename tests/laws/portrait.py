@@ -85,7 +85,9 @@ class Teller:
             return f"module {id(value) if self.objects else type(value).__name__}"
         if isinstance(value, dict):  # hooks stand under numbers that no two modules share
             return str({k if isinstance(k, str) else "": self(v) for k, v in value.items()})
-        if isinstance(value, list | tuple | set):
+        if isinstance(value, set | frozenset):  # has no order
+            return str(sorted(self(v) for v in value))
+        if isinstance(value, list | tuple):
             return str([self(v) for v in value])
         text = repr(value)
         if callable(value):

@@ -255,6 +255,38 @@ class TestSwap:
         assert timing.backward is None and timing.total == timing.forward
         assert isinstance(sparsify_if_faster(sparse_linear(sparsity=0.1), (4, 12)), nn.Linear)
 
+    @pytest.mark.parametrize(
+        ("use", "told"),
+        [
+            (lambda: swap("resnet", (2, 3)), "a str was given; expected a torch.nn.Module"),
+            (lambda: swap(nn.Linear(3, 3), None), "None was given as inputs; expected the shape"),
+            (lambda: swap(nn.Linear(3, 3), (2, 3), min_sparsity="most"), "min_sparsity=most was given"),
+            (lambda: SparseLinear.from_dense(nn.Linear(3, 4, device="meta")), "holds no numbers; load it first"),
+            (lambda: SparseLinear.from_dense(nn.LazyLinear(3)), "has no shape yet; run it once"),
+            (lambda: SparseConv2d.from_dense(nn.LazyConv2d(3, 3)), "has no shape yet; run it once"),
+            (lambda: SparseConv2d.from_dense(sparse_conv(), vectorizing_over_on=2), "expected True, False or None"),
+        ],
+    )
+    def test_wrong_arguments_are_one_line(self, use, told):
+        with pytest.raises(UsageError, match=told) as error:
+            use()
+        assert "\n" not in str(error.value)
+
+    def test_inputs_that_do_not_fit_leave_nothing_behind(self):
+        model = nn.Sequential(sparse_linear())
+        for wrong in (None, (2, 5)):
+            with pytest.raises(UsageError):
+                swap(model, wrong)
+        assert not model[0]._forward_pre_hooks and model.training
+        assert swap(model, (2, 12), min_sparsity=0)[1].layers[0].timing is not None
+
+    @pytest.mark.parametrize("order", [None, True, False])
+    def test_both_orders_of_sparseprop_are_one_kernel(self, order):
+        conv, x = sparse_conv(stride=2), torch.randn(2, 6, 9, 7)
+        assert torch.equal(
+            SparseConv2d.from_dense(conv, vectorizing_over_on=order)(x), SparseConv2d.from_dense(conv)(x)
+        )
+
 
 class TestPruning:
     @given(
@@ -299,8 +331,9 @@ class TestPruning:
         pruner.attach(optimizer)
         x, seen = torch.randn(8, 20), []
         for _ in range(16):
+            loss = model(x).square().mean()  # held while the next one is made, as in most loops
             optimizer.zero_grad()
-            model(x).square().mean().backward()
+            loss.backward()
             optimizer.step()
             seen.append(pruner.sparsity)
         assert seen == sorted(seen) and seen[-1] == pytest.approx(0.8, abs=0.002)

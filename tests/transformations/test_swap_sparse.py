@@ -1,4 +1,5 @@
 import copy
+import pickle
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import fxopt
 from fxopt.errors import Conflict, UsageError
-from fxopt.history import history
+from fxopt.history import checkout, history
 from fxopt.transformations import SparsifyWeights, SwapSparse
 from tests.rewriting import DIALECTS, rewrites, state, trace, unchanged
 
@@ -33,6 +34,12 @@ class Net(nn.Module):
     def forward(self, x):
         x = torch.relu(self.even(torch.relu(self.conv(x))))
         return self.dense(self.second(self.first(x.flatten(1))))
+
+
+def dense_again(gm: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
+    twin = copy.deepcopy(gm)
+    FORCED.reverse(twin)
+    return twin.state_dict()
 
 
 X = (torch.randn(5, 3, 8, 8),)
@@ -92,6 +99,77 @@ class TestNet:
         assert not torch.equal(now["first.weight"], before["first.weight"])
         FORCED.reverse(discarded, edited="discard")
         assert torch.equal(discarded.state_dict()["first.weight"], before["first.weight"])
+
+    @pytest.mark.parametrize("dialect", DIALECTS)
+    @pytest.mark.parametrize("edited", ["carry", "discard"])
+    def test_what_was_carried_is_carried_on(self, dialect, edited):
+        gm = trace(Net(), X, dialect)
+        owned, code, before = state(gm), gm.code, {k: v.clone() for k, v in gm.state_dict().items()}
+        prune = SparsifyWeights(sparsity=0.95)
+        prune(gm)
+        FORCED(gm)
+        pruned = {k: v.clone() for k, v in dense_again(gm).items()}
+        optimizer = torch.optim.SGD([gm.get_parameter(n) for n, _ in gm.named_parameters() if "first" in n], lr=0.05)
+        gm(*X).square().sum().backward()
+        optimizer.step()
+        trained = gm(*X).detach()
+        FORCED.reverse(gm, edited="carry")
+        carried = gm.state_dict()["first.weight"]
+        assert not torch.equal(carried, pruned["first.weight"])
+        assert torch.equal(gm.state_dict()["second.weight"], pruned["second.weight"])
+        pickled = [] if dialect == "aten" else [pickle.loads(pickle.dumps(gm))]  # torch pickles no exported one
+        for one in (copy.deepcopy(gm), *pickled, gm):
+            with pytest.raises(Conflict, match=r"first\.weight, edited since"):
+                prune.reverse(one)
+            torch.testing.assert_close(one(*X), trained, rtol=1e-4, atol=1e-5)
+            prune.reverse(one, edited=edited)
+            assert one.code == code and not history(one)
+            found = one.state_dict()
+            wanted = carried if edited == "carry" else before["first.weight"]
+            assert torch.equal(found["first.weight"], wanted)
+            assert torch.equal(found["second.weight"], before["second.weight"])
+        if edited == "discard":
+            assert [o for o in state(gm) if "bias" not in o[0]] == [o for o in owned if "bias" not in o[0]]
+
+    def test_checkout_carries_all_the_way_down(self):
+        gm = trace(Net(), X, "aten")
+        SparsifyWeights(sparsity=0.95, layers="first")(gm)
+        FORCED(gm)
+        with torch.no_grad():
+            gm.first.values.mul_(2)
+        expected = gm(*X)
+        checkout(gm, 0, edited="carry")
+        torch.testing.assert_close(gm(*X), expected, rtol=1e-4, atol=1e-5)
+        assert not history(gm) and int(gm.first.weight.count_nonzero()) < 0.06 * gm.first.weight.numel()
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_what_was_carried_into_an_edit_from_outside_stays(self, whole):
+        gm = trace(Net(), X, "aten")
+        SparsifyWeights(sparsity=0.95, layers="first")(gm)
+        gm.first.weight = nn.Parameter(gm.first.weight.detach() * 3)  # by hand
+        FORCED(gm)
+        with torch.no_grad():
+            gm.first.values.mul_(2)
+        expected = gm(*X)
+        if whole:
+            with pytest.raises(Conflict, match="first"):  # the edit lies over what SparsifyWeights made
+                checkout(gm, 0, edited="carry")
+            assert torch.equal(gm(*X), expected)
+        FORCED.reverse(gm, edited="carry")
+        torch.testing.assert_close(gm(*X), expected, rtol=1e-4, atol=1e-5)
+        assert len(history(gm)) == 1
+
+    def test_one_rewrite_is_carried_and_made_again(self):
+        gm = trace(Net(), X, "aten")
+        FORCED(gm)
+        with torch.no_grad():
+            gm.first.values.mul_(2)
+        expected, values = gm(*X), gm.first.values
+        rewrite = next(r for r in history(gm)[0].rewrites if any("first.values" in p for p in r.part.delta.slots))
+        rewrite.reverse(edited="carry")
+        torch.testing.assert_close(gm(*X), expected, rtol=1e-4, atol=1e-5)
+        history(gm)[0].rewrites[[r.id for r in history(gm)[0].rewrites].index(rewrite.id)].apply()
+        assert torch.equal(gm(*X), expected) and gm.first.values is values
 
     def test_gradients_are_those_of_dense(self):
         gm = trace(Net(), X, "aten")
