@@ -77,9 +77,10 @@ class PackWeights(Rewrite):
     Within rounding: oneDNN sums in another order than MKL, and the tile unit of a CPU with AMX in one that loses less.
 
     For inference on the CPU, and the last pass of a pipeline: whatever reads linears must have gone before. The graph
-    keeps its parameters; see `fxopt.kernels.packed`. A packed linear chooses at each call by the number of rows, so
-    nothing rests on the sizes seen here. Convolutions next to others are packed and compute channels last; their
-    results go back to torch's layout where something else reads them.
+    keeps its parameters; see `fxopt.kernels.packed`. A packed linear chooses at each call by the number of rows; a
+    small weight, which gains by tiles alone, is packed where the input may have rows enough. Convolutions next to
+    others are packed and compute channels last; their results go back to torch's layout where something else reads
+    them.
 
     `measure=False` decides by size; `measure=True` times each size of linear here, now, with torch's present threads.
     """
@@ -150,16 +151,17 @@ class PackWeights(Rewrite):
         bias = None if bound["bias"] is None else at.tensor(bound["bias"])
         if weight.dim() != 2 or (bias is not None and bias.dim() != 1):
             return f"{at.path(bound['weight'])} is no matrix, or its bias no vector"
-        if self._rows(weight, bound) is None:
+        if self._rows(at, weight, bound) is None:
             return f"{at.path(bound['weight'])} has {weight.numel()} elements; packing gains nothing"
         return None
 
-    def _rows(self, weight: Value, bound: dict[str, Any]) -> tuple[int, int] | None:
+    def _rows(self, at: Site, weight: Value, bound: dict[str, Any]) -> tuple[int, int] | None:
         """The rows for which to pack; (0, 0) for what the operator knows to be best; None for never."""
         features, inputs = reversed(weight.shape) if bound["transposed"] else weight.shape
         if self.measure:
             return measured_rows(features, inputs, bound.get("activation", "none"), torch.get_num_threads())
-        pays = any(packed.rows(features, inputs, threads) for threads in (1, 2)) or packed.tiles_pay(weight.numel())
+        pays = any(packed.rows(features, inputs, threads) for threads in (1, 2))
+        pays = pays or packed.tiles_pay(weight.numel(), _most_rows(at.value(bound["x"])))
         return (0, 0) if pays else None
 
     def rewrite(self, at: Site, **bound: Any) -> Node:
@@ -170,10 +172,21 @@ class PackWeights(Rewrite):
             return at.emit(ops.packed_conv2d, x, weight, bias, bound.get("other"), *window, bound["groups"], activation)
         tensor = at.tensor(weight)
         assert tensor is not None
-        between = self._rows(tensor, bound)
+        between = self._rows(at, tensor, bound)
         assert between is not None
         y = at.emit(ops.packed_linear, x, weight, bias, activation, bound["transposed"], *between)
         return at.emit(ops.view, y, bound["shape"]) if bound.get("shape") is not None else y
+
+
+def _most_rows(x: Value | None) -> int:
+    """The rows that an input may have: those that the capture saw, any number where sequences have no fixed size."""
+    if x is None:
+        return 0
+    rows = 1
+    for n in x.shape[:-1]:
+        seen = n if isinstance(n, int) else n.node.hint
+        rows *= seen if isinstance(seen, int) else 0
+    return rows if x.dim() < 3 or all(isinstance(n, int) for n in x.shape) else packed.ALL_ROWS
 
 
 @functools.cache

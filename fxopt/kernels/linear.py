@@ -8,10 +8,12 @@ from torch import Tensor
 
 from fxopt.kernels.registration import register
 
-# Below these, BLAS is slow: it reads the weight once per row or two, oneDNN once for all. At and above, MKL wins unless
-# the weight is packed ahead of the call. Measured by benchmarks/kernels.py over 256² to 50257×768, 1 to 24 rows.
-FEW_ROWS = 16
-LARGE_WEIGHT = 2**18
+# Between these rows, BLAS is slow: it reads the weight once per row or two, oneDNN once for all. Above, MKL wins unless
+# the weight is packed ahead of the call. On AVX2 (benchmarks/kernels.py, 256² to 50257×768, 1 to 24 rows) up to 16 rows;
+# with AVX-512 oneDNN takes 1.0 to 2.3 of MKL's time up to 4 rows, and at 8 rows 1.24 for 1024² but 0.78 for 768×3072.
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+LEAST_ROWS, FEW_ROWS = 8 if _AVX512 else 1, 16
+LARGE_WEIGHT = 2**21 if _AVX512 else 2**18
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -20,9 +22,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approxima
     """
     gelu(x @ weightᵀ + bias): x (…, in), weight (out, in), bias (out,) -> (…, out), all of one floating dtype.
 
-    `approximate` is "none" (erf) or "tanh". On the CPU with float32, up to 16 rows and a large weight (one-token
-    decoding), the product is oneDNN's; elsewhere it runs the two
-    operators, the second in place.
+    `approximate` is "none" (erf) or "tanh". On the CPU with float32, few rows and a large weight (one-token decoding),
+    the product is oneDNN's; elsewhere it runs the two operators, the second in place.
     """
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
@@ -60,7 +61,7 @@ def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if size < LARGE_WEIGHT or weight.dim() != 2 or x.device.type != "cpu" or not _HAS_ONEDNN:
         return False
     inputs = weight.shape[1]
-    if x.dim() == 0 or x.shape[-1] != inputs or not 0 < x.numel() <= FEW_ROWS * inputs:
+    if x.dim() == 0 or x.shape[-1] != inputs or not LEAST_ROWS * inputs <= x.numel() <= FEW_ROWS * inputs:
         return False
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.shape[:1] or bias.device != x.device):
         return False

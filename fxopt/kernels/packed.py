@@ -61,6 +61,7 @@ ALL_ROWS = 2**31 - 1
 # rows: 768×768 0.94 at 128 rows and 1.25 at 1.
 _ONE_THREAD = ((2**23, 2, 1024), (2**22, 2, 64), (3 * 2**19, 2, 16))
 _MORE_THREADS = ((2**23, 1, 1024), (2**21, 1, 160), (3 * 2**19, 1, 128))
+_LEAST_ROWS = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
 
 
 @functools.cache
@@ -68,7 +69,7 @@ def rows(features: int, inputs: int, threads: int) -> tuple[int, int] | None:
     """The least and the most rows for which a weight of this size is worth packing, with `threads` threads."""
     size = features * inputs
     table = _ONE_THREAD if threads == 1 else _MORE_THREADS
-    return next(((least, most) for elements, least, most in table if size >= elements), None)
+    return next(((max(least, _LEAST_ROWS), most) for elements, least, most in table if size >= elements), None)
 
 
 # Measured on Sapphire Rapids with 2 threads against MKL and packed oneDNN, with weights that the caches do not hold.
@@ -78,9 +79,9 @@ def rows(features: int, inputs: int, threads: int) -> tuple[int, int] | None:
 _TILES_ROWS, _TILES_SIZE, _TILES_REUSE, _TILES_CHANNELS = 48, 2**16, 512, 32
 
 
-def tiles_pay(size: int) -> bool:
-    """Whether there are numbers of rows for which the tile unit is the fastest for a linear weight of this size."""
-    return size >= _TILES_SIZE and tiles.available()
+def tiles_pay(size: int, rows: int) -> bool:
+    """Whether the tile unit is the fastest for a linear weight of `size` elements and an input of `rows` rows."""
+    return rows >= _TILES_ROWS and size >= _TILES_SIZE and tiles.available()
 
 
 def _pays(size: int, weight: Tensor, inputs: int, min_rows: int, max_rows: int) -> bool:
@@ -154,7 +155,7 @@ def _linear_by_tiles(
     """The result of the tile unit, where it pays; None where it does not, or cannot."""
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != (inputs := weight.shape[0 if transposed else 1]):
         return None
-    if x.numel() < _TILES_ROWS * inputs or not tiles_pay(weight.numel()) or x.dtype is not torch.float32:
+    if x.dtype is not torch.float32 or inputs == 0 or not tiles_pay(weight.numel(), x.numel() // inputs):
         return None
     packed = find(weight, key := ("tiles", transposed))
     if packed is None:
