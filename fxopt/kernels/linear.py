@@ -9,7 +9,7 @@ from torch import Tensor
 from fxopt.kernels.registration import register
 
 # Between these rows, BLAS is slow: it reads the weight once per row or two, oneDNN once for all. Above, MKL wins unless
-# the weight is packed ahead of the call. On AVX2 (benchmarks/kernels.py, 256² to 50257×768, 1 to 24 rows) up to 16 rows;
+# the weight is packed ahead. On AVX2 (benchmarks/kernels.py, 256² to 50257×768, 1 to 24 rows) up to 16 rows;
 # with AVX-512 oneDNN takes 1.0 to 2.3 of MKL's time up to 4 rows, and at 8 rows 1.24 for 1024² but 0.78 for 768×3072.
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LEAST_ROWS, FEW_ROWS = 8 if _AVX512 else 1, 16
