@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from fxopt.garbage import uncollected
 from fxopt.snapshot import (
     Held,
     Record,
@@ -26,7 +27,6 @@ from fxopt.snapshot import (
     same,
     same_container,
     snapshot,
-    uncollected,
 )
 
 __all__ = ["MARKS", "Delta", "Record", "Ref", "Slot", "Snapshot", "diff", "graph_of", "graphs", "share", "snapshot"]

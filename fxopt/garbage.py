@@ -30,3 +30,15 @@ def sparing() -> Iterator[None]:
     finally:
         gc.set_threshold(young, *older)
         gc.unfreeze()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Run the body, which makes no garbage to speak of, without the collector."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -253,7 +253,9 @@ def redo_rewrite(gm: GraphModule, index: int, part: str) -> None:
     left = commit.undone - {part}
 
     def make_again(now: Snapshot) -> tuple[Commit, ...]:
-        _put_on(gm, coming if left else whole(coming, commit.delta), f"rewrite {part} of {commit.signature}")
+        _put_on(
+            gm, coming if left else whole(coming, commit.delta), f"rewrite {part} of {commit.signature}", upon=False
+        )
         return (dataclasses.replace(commit, undone=left),)
 
     _rebase(gm, index, make_again, coming)
@@ -356,12 +358,17 @@ def _take_back(gm: GraphModule, edits: Sequence[Delta]) -> None:
 
 
 def _put_on(
-    gm: GraphModule, delta: Delta, what: str, moved: Set[str] = frozenset(), known: Snapshot | None = None
+    gm: GraphModule,
+    delta: Delta,
+    what: str,
+    moved: Set[str] = frozenset(),
+    known: Snapshot | None = None,
+    upon: bool = True,
 ) -> None:
     problems = [f"{k} is not what it was" for k in sorted(delta.mentions() & moved)]
     if problems := problems or patch.conflicts(gm, delta):
         raise Conflict(f"{what} cannot be made again: {'; '.join(problems[:3])}; take back what builds on it first")
-    patch.apply(gm, delta, known)
+    patch.apply(gm, delta, known, upon)
 
 
 def _again(gm: GraphModule, commit: Commit, moved: set[str]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxopt.delta import MARKS, Delta, Pair, inside_replaced, same_codegen, same_meta
+from fxopt.garbage import uncollected
 from fxopt.snapshot import (
     Record,
     Slot,
@@ -26,7 +27,6 @@ from fxopt.snapshot import (
     same_container,
     snapshot,
     state,
-    uncollected,
 )
 
 
@@ -88,14 +88,15 @@ def edited(delta: Delta, now: Snapshot) -> list[str]:
 
 
 @uncollected()
-def apply(gm: GraphModule, delta: Delta, known: Snapshot | None = None) -> None:
+def apply(gm: GraphModule, delta: Delta, known: Snapshot | None = None, upon: bool = False) -> None:
     """
     Bring ``gm`` from the 'before' of ``delta`` to its 'after'; ask `conflicts` first.
 
     Nodes that come back are the same objects as in ``known``, as far as they were in the same graph: somebody may hold
-    them.
+    them. Entries of modules that ``delta`` does not know are the younger ones, and stand last; where it is made
+    ``upon`` them they are the older ones, and stay where they are.
     """
-    _apply_state(gm, delta)
+    _apply_state(gm, delta, upon)
     by_graph: dict[str, dict[str, tuple[Record | None, Record | None]]] = {}
     metas: dict[str, dict[str, Pair]] = {}
     users: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -347,7 +348,7 @@ def _topological(order: list[Node]) -> list[Node]:
     return found
 
 
-def _apply_state(gm: GraphModule, delta: Delta) -> None:
+def _apply_state(gm: GraphModule, delta: Delta, upon: bool) -> None:
     for path in sorted(delta.slots):  # a module before what it holds
         after = delta.slots[path][1]
         if after is None:
@@ -370,7 +371,7 @@ def _apply_state(gm: GraphModule, delta: Delta) -> None:
         if module is not None and entries is not None:
             stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
             for store, order in zip(stores, entries, strict=True):
-                _reorder(store, order)
+                _reorder(store, merged(list(store), order) if upon else order)
 
 
 def _prune(gm: GraphModule, delta: Delta) -> None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import importlib
 import math
 import pickle
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -221,18 +219,6 @@ class Snapshot:
             codegens={"": self.codegens[path]},
             modules={"": inner},
         )
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Let the garbage collector wait: it would read all of a large snapshot again and again while that is built."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def graphs(gm: GraphModule) -> dict[str, GraphModule]:

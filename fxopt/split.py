@@ -13,7 +13,8 @@ import torch
 from torch._ops import OpOverload
 
 from fxopt.delta import Delta, related
-from fxopt.snapshot import Record, Ref, Slot, graph_of, node_key, path_in, uncollected
+from fxopt.garbage import uncollected
+from fxopt.snapshot import Record, Ref, Slot, graph_of, node_key, path_in
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.delta import share
-from fxopt.snapshot import OWNER, Snapshot, has_memory, slot_of, uncollected
+from fxopt.garbage import uncollected
+from fxopt.snapshot import OWNER, Snapshot, has_memory, slot_of
 
 _CONTAINERS: tuple[type, ...] = (dict, list, set, OrderedDict)
 
