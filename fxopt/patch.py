@@ -436,7 +436,7 @@ def _put(gm: GraphModule, path: str, slot: Slot) -> None:
     module.__dict__.pop(name, None)
 
 
-def _reorder(store: dict[str, Any], order: tuple[str, ...]) -> None:
+def _reorder(store: dict[str, Any], order: Sequence[str]) -> None:
     wanted = [n for n in order if n in store]
     if list(store)[: len(wanted)] == wanted:
         return

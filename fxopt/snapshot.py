@@ -27,6 +27,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import _get_qualified_name
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fxopt.garbage import uncollected
+
 OWNER = "_fxopt_owner"
 # fmt: off
 _INTERNAL = frozenset((  # what is recorded in another way, or is made anew from the graph
