@@ -84,7 +84,7 @@ class Delta:
 
     def reordered(self) -> list[str]:
         """The graphs whose surviving nodes stand in another order."""
-        return [p for p, (a, b) in self.orders.items() if _permuted(a, b)]
+        return [p for p, (a, b) in self.orders.items() if permuted(a, b)]
 
     def mentions(self) -> set[str]:
         """What differs, and what that refers to."""
@@ -132,7 +132,8 @@ class Delta:
         self.__dict__.update(kept)
 
 
-def _permuted(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+def permuted(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """Whether what is in both stands in another order."""
     in_a, in_b = set(a), set(b)
     return [n for n in a if n in in_b] != [n for n in b if n in in_a]
 

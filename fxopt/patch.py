@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxopt.delta import MARKS, Delta, Pair, inside_replaced, same_codegen, same_meta
+from fxopt.delta import MARKS, Delta, Pair, inside_replaced, permuted, same_codegen, same_meta
 from fxopt.garbage import uncollected
 from fxopt.snapshot import (
     Record,
@@ -277,10 +277,11 @@ def without(gm: GraphModule, gone: Delta, change: Delta, over: Sequence[Delta]) 
     """
     The deltas ``over``, which lie over ``gone``, as if that had never been.
 
-    ``gone`` was taken out from under them, which made ``change``.  What they say of the names handed out and of the
-    order of users, which no two deltas are apart in, is told anew, so that they can be taken back in their turn.
+    ``gone`` was taken out from under them, which made ``change``.  What they say of the names handed out, of the order
+    of users and of all orders, which no two deltas are apart in, is told anew, so that they can be taken back in their
+    turn.
     """
-    found = list(over)
+    found = _reordered(gone, list(over))
     inner = graphs(gm)
     for path, (_, _, counts) in change.used.items():
         for base, (now, was) in counts.items():
@@ -297,6 +298,58 @@ def without(gm: GraphModule, gone: Delta, change: Delta, over: Sequence[Delta]) 
             pair = (before, found[i].users[key][1]) if side == 0 else (found[i].users[key][0], order[key])
             found[i] = dataclasses.replace(found[i], users={**found[i].users, key: pair})
     return found
+
+
+def _reordered(gone: Delta, over: list[Delta]) -> list[Delta]:
+    """The deltas ``over`` with orders as they were made on the order before ``gone``."""
+    for path, (before, after) in gone.orders.items():
+        reference = before
+        for i, delta in enumerate(over):
+            if path in delta.orders:
+                pair = _told(delta.orders[path], before, after, reference)
+                over[i] = dataclasses.replace(delta, orders={**delta.orders, path: pair})
+                reference = pair[1]
+    for path, (were, are) in gone.entries.items():
+        references = were  # for parameters, buffers and modules each
+        for i, delta in enumerate(over):
+            early, late = delta.entries.get(path, (None, None))
+            if were is None or are is None or early is None or late is None:
+                continue
+            stores = zip(zip(early, late, strict=True), were, are, references, strict=True)
+            told = [_told(*store) for store in stores]
+            references = tuple(b for _, b in told)
+            pair_of_all = (tuple(a for a, _ in told), references)
+            over[i] = dataclasses.replace(delta, entries={**delta.entries, path: pair_of_all})
+    return over
+
+
+def _told(
+    orders: tuple[tuple[str, ...], tuple[str, ...]], before: Sequence[str], after: Sequence[str], now: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """
+    A delta's ``orders`` where it is made on the order ``now``, and not on one that another delta brought from
+    ``before`` to ``after``: what that one took away is there, what it brought is not, and what it moved is not moved.
+    """
+    was, gone = set(before), set(after)
+    first, last = ([n for n in order if n in was or n not in gone] for order in orders)
+    back = {n for n in now if n in was and n not in gone}
+    start = merged([*first, *(n for n in now if n in back and n not in first)], now)
+    moved = permuted(orders[0], orders[1])
+    end = _between(last, start, back) if moved else merged(_between(last, start, back), start)
+    return tuple(start), tuple(end)
+
+
+def _between(names: list[str], reference: Sequence[str], missing: set[str]) -> list[str]:
+    """``names`` with those of ``missing`` that it has not, each behind what it stands behind in ``reference``."""
+    there = set(names)
+    waiting: dict[str | None, list[str]] = {}
+    anchor: str | None = None
+    for name in reference:
+        if name in there:
+            anchor = name
+        elif name in missing:
+            waiting.setdefault(anchor, []).append(name)
+    return [*waiting.get(None, ()), *(m for n in names for m in (n, *waiting.get(n, ())))]
 
 
 _NO_NAMES: tuple[frozenset[str], frozenset[str], dict[str, Pair]] = (frozenset(), frozenset(), {})

@@ -100,8 +100,8 @@ def a_parameter(gm, k):
 
 def a_flag(gm, k):
     for module in gm.modules():
-        module.note = k
-    next(iter(gm.graph.nodes)).meta["note"] = k
+        module.note = f"foreign {k}"  # never what a pass writes: an edit that changes nothing cannot be told
+    next(iter(gm.graph.nodes)).meta["note"] = f"foreign {k}"
 
 
 OUTSIDE = (at_the_input, at_the_output, a_node_beside, a_parameter, a_flag)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import torch
+from torch import nn
+from torch.fx import symbolic_trace
 
 from fxopt.errors import FxoptError, TransformationError
 from fxopt.history import history, undo
 from fxopt.shapes import propagate
+from fxopt.transformation import ReversibleTransformation
+from fxopt.transformations import EliminateDeadNodes
 from tests.graphs import twin
 from tests.laws.asking import ANY, applied, drawn, law, same, shown, some
 from tests.laws.portrait import outputs, portrait
@@ -63,3 +68,65 @@ def test_undo_means_never_applied(dialect, data):
     assert not found, told
     assert outputs(gm, case.inputs) == outputs(other, case.inputs)
     assert history(gm).checkout(0) is gm and not history(gm)
+
+
+def test_an_edit_from_outside_stays_behind_what_comes_back() -> None:
+    """Entries that an undo brings back are older than an edit that was made without them."""
+
+    class Net(nn.Module):
+        def forward(self, x):
+            unused = x + torch.ones(4)  # noqa: F841
+            return x * torch.ones(4)
+
+    gm = symbolic_trace(Net())
+    EliminateDeadNodes()(gm)
+    gm.register_buffer("foreign", torch.ones(4))
+    history(gm)[0].reverse()
+    assert list(gm._buffers) == ["_tensor_constant0", "_tensor_constant1", "foreign"]
+
+
+def three(x):
+    a, b, c = torch.relu(x), torch.sigmoid(x), torch.tanh(x)
+    return torch.neg(a) + torch.exp(b) + torch.cos(c)
+
+
+def bypassing(name: str) -> ReversibleTransformation:
+    """A pass that takes one node out, and could not be made again."""
+
+    class Once(ReversibleTransformation):
+        replayable = False
+
+        def transform(self, graph_module):
+            node = next((n for n in graph_module.graph.nodes if n.name == name), None)
+            if node is not None:
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+
+    return Once()
+
+
+def test_neighbours_that_went_one_after_the_other_come_back_in_their_order() -> None:
+    """Undone in place in the order in which they were made, under each other."""
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)):
+        gm = symbolic_trace(three)
+        before = portrait(gm)
+        for name in [("relu", "sigmoid", "tanh")[i] for i in order]:
+            bypassing(name)(gm)
+        while history(gm):
+            history(gm)[0].reverse()
+        same(gm, before)
+
+
+def test_an_order_is_undone_under_a_node_that_went() -> None:
+    class Turned(ReversibleTransformation):
+        def transform(self, graph_module):
+            first, second = (n for n in graph_module.graph.nodes if n.name in ("relu", "sigmoid"))
+            second.append(first)
+
+    gm = symbolic_trace(three)
+    before = portrait(gm)
+    Turned()(gm)
+    bypassing("relu")(gm)
+    history(gm)[0].reverse()
+    history(gm)[0].reverse()
+    same(gm, before)
