@@ -110,7 +110,7 @@ def apply(gm: GraphModule, delta: Delta, known: Snapshot | None = None, upon: bo
         if local or path in metas or path in delta.orders or path in users:
             prefix = f"{path}::" if path else ""
             old = {n: known.raw[prefix + n][0] for n in local if prefix + n in known.raw} if known else {}
-            _apply_nodes(graph, local, metas.get(path, {}), delta.orders.get(path, ((), ()))[1], prefix, old)
+            _apply_nodes(graph, local, metas.get(path, {}), delta.orders.get(path, ((), ()))[1], prefix, old, upon)
             _arrange_users(graph, users.get(path, {}))
         if path in delta.used:
             _apply_used(graph, *delta.used[path])
@@ -127,6 +127,7 @@ def _apply_nodes(
     order: tuple[str, ...],
     prefix: str,
     old: Mapping[str, Node],
+    upon: bool,
 ) -> None:
     nodes = {n.name: n for n in graph.nodes}
     born = {name for name, (before, _) in changes.items() if before is None}
@@ -158,9 +159,9 @@ def _apply_nodes(
     for node, names in lists.items():
         if not node._erased:
             _arrange_list(node, names)
-    for name, (old, new) in metas.items():
+    for name, (was, new) in metas.items():
         if new is not None and name in nodes:
-            _apply_meta(nodes[name].meta, old or {}, new)
+            _apply_meta(nodes[name].meta, was or {}, new, upon)
     if order or changes:
         _arrange(graph, [k[len(prefix) :] for k in order], born)
 
@@ -200,8 +201,11 @@ def _revived(graph: Graph, node: Node, record: Record) -> Node:
     return node
 
 
-def _apply_meta(meta: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Change what differs between ``old`` and ``new``; what somebody else wrote there since stays."""
+_TOLD = frozenset({"val", "tensor_meta", "example_value"})  # of a node as it was: not to be written on another
+
+
+def _apply_meta(meta: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any], upon: bool) -> None:
+    """Change what differs between ``old`` and ``new``; what was written there since stays, if this is not ``upon`` it."""
     if same_meta(meta, old):
         meta.clear()
         meta.update({k: fresh(v) for k, v in new.items()})
@@ -216,6 +220,10 @@ def _apply_meta(meta: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, 
                 meta[key] = fresh(new[key])
             else:
                 del meta[key]
+        elif upon and key not in _TOLD:
+            meta.pop(key, None)
+            if key in new:
+                meta[key] = fresh(new[key])
 
 
 def _apply_marks(meta: dict[str, Any], old: tuple[str, ...], new: tuple[str, ...]) -> None:

@@ -130,3 +130,15 @@ def test_an_order_is_undone_under_a_node_that_went() -> None:
     history(gm)[0].reverse()
     history(gm)[0].reverse()
     same(gm, before)
+
+
+def test_a_note_from_outside_stays_where_a_pass_had_put_one() -> None:
+    class Note(ReversibleTransformation):
+        def transform(self, graph_module):
+            next(iter(graph_module.graph.nodes)).meta["note"] = "mine"
+
+    gm = symbolic_trace(three)
+    Note()(gm)
+    next(iter(gm.graph.nodes)).meta["note"] = "theirs"
+    history(gm)[0].reverse()
+    assert next(iter(gm.graph.nodes)).meta["note"] == "theirs"
