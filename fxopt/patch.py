@@ -205,7 +205,7 @@ _TOLD = frozenset({"val", "tensor_meta", "example_value"})  # of a node as it wa
 
 
 def _apply_meta(meta: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any], upon: bool) -> None:
-    """Change what differs between ``old`` and ``new``; what was written there since stays, if this is not ``upon`` it."""
+    """Change what differs between ``old`` and ``new``; what was written since stays, if this is not ``upon`` it."""
     if same_meta(meta, old):
         meta.clear()
         meta.update({k: fresh(v) for k, v in new.items()})
