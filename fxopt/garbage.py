@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+_sparing = False  # somewhere in this process
 _YOUNG = 50_000  # objects; CPython's own choice, 700, is made for programs that keep few
 
 
@@ -19,15 +20,18 @@ def sparing() -> Iterator[None]:
     collected. Where the process has frozen objects of its own (before a fork, say), or has turned the collector off,
     nothing is done.
     """
-    if not gc.isenabled() or gc.get_freeze_count():
+    global _sparing  # asked first: to count frozen objects is to walk them all
+    if _sparing or not gc.isenabled() or gc.get_freeze_count():
         yield
         return
     young, *older = gc.get_threshold()
+    _sparing = True
     gc.freeze()
     gc.set_threshold(max(young, _YOUNG), *older)
     try:
         yield
     finally:
+        _sparing = False
         gc.set_threshold(young, *older)
         gc.unfreeze()
 
