@@ -127,7 +127,7 @@ def packed_linear_kernel(
     max_rows: int = 0,
 ) -> Tensor:
     """`packed_linear`, with the tile unit or oneDNN on the CPU; the activation is in place on the fresh product."""
-    y = _linear_by_tiles(x, weight, bias, activation, transposed)
+    y = _linear_by_tiles(x, weight, bias, activation, transposed, min_rows, max_rows)
     if y is not None:
         return y
     packed = _packed_linear(x, weight, transposed, min_rows, max_rows)
@@ -150,12 +150,20 @@ def _packed_linear(x: Tensor, weight: Tensor, transposed: bool, min_rows: int, m
 
 
 def _linear_by_tiles(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    transposed: bool,
+    min_rows: int,
+    max_rows: int,
 ) -> Tensor | None:
     """The result of the tile unit, where it pays; None where it does not, or cannot."""
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != (inputs := weight.shape[0 if transposed else 1]):
         return None
     if x.dtype is not torch.float32 or inputs == 0 or not tiles_pay(weight.numel(), x.numel() // inputs):
+        return None
+    if max_rows and not min_rows * inputs <= x.numel() <= max_rows * inputs:  # measured: it does not pay
         return None
     packed = find(weight, key := ("tiles", transposed))
     if packed is None:

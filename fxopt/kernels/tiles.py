@@ -43,9 +43,9 @@ def pack(weight: Tensor) -> Tensor | None:
     A weight (out, in, *kernel) of float32, split and laid out for `linear` and `conv2d`: one bfloat16 vector.
 
     It has 3 elements for each of the weight's, whose channels are padded to multiples of 32. None where an element
-    cannot be split, and where the unit is not available.
+    cannot be split, where the weight is of another type, and where the unit is not available.
     """
-    if not available():
+    if not available() or weight.dtype is not torch.float32:
         return None
     features, channels = weight.shape[:2]
     flat = weight.detach().reshape(features, channels, -1)

@@ -91,6 +91,27 @@ def test_what_cannot_be_split(value: float) -> None:
     assert tiles.linear(x, layout, None, 40) is None and tiles.pack(weight) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_type(dtype: torch.dtype) -> None:
+    """They are not read as float32; the operator refuses them as torch does, at every call."""
+    weight = torch.randn(320, 256).to(dtype)
+    assert tiles.pack(weight) is None
+    for _ in range(3):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+            torch.ops.fxopt.packed_linear(torch.randn(64, 256), weight)
+
+
+def test_rows_that_were_measured_are_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, x, weight = counted(monkeypatch, "linear"), torch.randn(64, 256), torch.randn(320, 256)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.ops.fxopt.packed_linear(x, weight, None, "none", False, 1, 63)
+        assert not calls
+        for _ in range(3):
+            torch.ops.fxopt.packed_linear(x, weight, None, "none", False, 1, 64)
+    assert calls
+
+
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-20, 1e19, 3.3e38])
 def test_far_from_one(scale: float) -> None:
     """The largest and the smallest numbers, subnormal ones within float32's least normal number."""
