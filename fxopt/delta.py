@@ -87,8 +87,13 @@ class Delta:
         return [p for p, (a, b) in self.orders.items() if permuted(a, b)]
 
     def mentions(self) -> set[str]:
-        """What differs, and what that refers to."""
+        """What differs, what that refers to, and the modules (``path/``) that hold it."""
         found = self.touched()
+        inside = {graph_of(k) for k in self.nodes} | {p.rpartition(".")[0] for p in self.slots}
+        for path in inside | {m for m, _ in self.attributes}:
+            while path:
+                found.add(f"{path}/")
+                path = path.rpartition(".")[0]
         for key, pair in self.nodes.items():
             for record in pair:
                 if record is not None:
@@ -98,9 +103,10 @@ class Delta:
         return found
 
     def existence(self) -> set[str]:
-        """The nodes and paths that existed only before, or only after."""
+        """The nodes and paths that existed only before, or only after; ``path/`` where another module stands there."""
         nodes = {k for k, (a, b) in self.nodes.items() if a is None or b is None}
-        return nodes | {p for p, (a, b) in self.slots.items() if a is None or b is None}
+        modules = {f"{p}/" for p, pair in self.slots.items() if any(s is not None and s.kind == "module" for s in pair)}
+        return nodes | modules | {p for p, (a, b) in self.slots.items() if a is None or b is None}
 
     def tensors(self) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
         """The parameters and buffers that differ, by path."""

@@ -368,7 +368,7 @@ def _put_on(
     problems = [f"{k} is not what it was" for k in sorted(delta.mentions() & moved)]
     if problems := problems or patch.conflicts(gm, delta):
         raise Conflict(f"{what} cannot be made again: {'; '.join(problems[:3])}; take back what builds on it first")
-    patch.apply(gm, delta, known, upon)
+    patch.apply(gm, patch.onto(gm, delta, moved) if upon else delta, known, upon)
 
 
 def _again(gm: GraphModule, commit: Commit, moved: set[str]) -> None:

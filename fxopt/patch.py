@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -358,6 +358,41 @@ def _between(names: list[str], reference: Sequence[str], missing: set[str]) -> l
         elif name in missing:
             waiting.setdefault(anchor, []).append(name)
     return [*waiting.get(None, ()), *(m for n in names for m in (n, *waiting.get(n, ())))]
+
+
+def onto(gm: GraphModule, delta: Delta, moved: Set[str]) -> Delta:
+    """
+    ``delta`` with the orders of nodes and of users that it makes out of those that are in ``gm`` now.
+
+    ``moved``: the keys that stand for another node than they did where ``delta`` was made.
+    """
+    orders, users = dict(delta.orders), dict(delta.users)
+    for path, inner in graphs(gm).items():
+        mine = {k for k in users if graph_of(k) == path}
+        if path in orders:
+            there = tuple(node_key(path, n.name) for n in inner.graph.nodes)
+            orders[path] = there, _redone(*orders[path], there, moved)
+        for node in inner.graph.nodes if mine else ():
+            if (key := node_key(path, node.name)) in mine:
+                before, after = users[key]
+                other = {n for n in (*before, *after) if node_key(path, n) in moved}
+                names = tuple(u.name for u in node.users)
+                users[key] = names, _redone(before, after, names, other)
+    return dataclasses.replace(delta, orders=orders, users=users)
+
+
+def _redone(before: tuple[str, ...], after: tuple[str, ...], now: tuple[str, ...], other: Set[str]) -> tuple[str, ...]:
+    """
+    What becomes of the order ``now`` by what made ``before`` to ``after``; ``other`` names are of other things.
+
+    What is new stands before what it stood before: nodes are inserted before others, and users come last.
+    """
+    new, gone = {*after}.difference(before), {*before}.difference(after)
+    left = [n for n in now if n not in gone or n in other]
+    reference = [n for n in after if n in new or n not in other]
+    if permuted(before, after):
+        left = merged(left, reference)
+    return tuple(_between(left[::-1], reference[::-1], new)[::-1])
 
 
 _NO_NAMES: tuple[frozenset[str], frozenset[str], dict[str, Pair]] = (frozenset(), frozenset(), {})

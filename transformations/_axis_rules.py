@@ -36,7 +36,7 @@ def apply(axes: Axes, node: Node, weighted: bool) -> Any:
     if str(node.target) in _GROUPED and (product := _grouped_product(axes, node)) is not None:
         return product
     rule = RULES.get(call.op) if call is not None else None
-    if call is not None and rule is not None and not call.inplace:
+    if call is not None and rule is not None and not call.inplace and held is not None:
         found = rule(axes, node, call.arguments)
         if found is not None:
             _follow_numbers(axes, node, call)
@@ -44,6 +44,8 @@ def apply(axes: Axes, node: Node, weighted: bool) -> Any:
     if held is None or isinstance(held, Tensor | tuple | list):
         axes.unknown[node.name] = str(call.op if call is not None else node.target)
     why = f"{call.op if call is not None else node.target} has it"
+    if held is None:
+        why += ", whose result has no known shape; give example inputs"
     for source in node.all_input_nodes:
         _block_all(axes.of.get(source), why)
     for path in _module_parameters(axes, node):
