@@ -103,10 +103,10 @@ class Delta:
         return found
 
     def existence(self) -> set[str]:
-        """The nodes and paths that existed only before, or only after; ``path/`` where another module stands there."""
+        """The nodes and paths that existed only before, or only after; a module is ``path/`` too."""
         nodes = {k for k, (a, b) in self.nodes.items() if a is None or b is None}
-        modules = {f"{p}/" for p, pair in self.slots.items() if any(s is not None and s.kind == "module" for s in pair)}
-        return nodes | modules | {p for p, (a, b) in self.slots.items() if a is None or b is None}
+        slots = {p: (a or b) for p, (a, b) in self.slots.items() if a is None or b is None}
+        return nodes | {*slots} | {f"{p}/" for p, slot in slots.items() if slot is not None and slot.kind == "module"}
 
     def tensors(self) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
         """The parameters and buffers that differ, by path."""

@@ -99,8 +99,7 @@ def a_parameter(gm, k):
 
 
 def a_flag(gm, k):
-    for module in gm.modules():
-        module.note = f"foreign {k}"  # never what a pass writes: an edit that changes nothing cannot be told
+    gm.note = f"foreign {k}"  # never what a pass writes: an edit that changes nothing cannot be told
     next(iter(gm.graph.nodes)).meta["note"] = f"foreign {k}"
 
 
