@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -387,12 +388,37 @@ def _redone(before: tuple[str, ...], after: tuple[str, ...], now: tuple[str, ...
 
     What is new stands before what it stood before: nodes are inserted before others, and users come last.
     """
-    new, gone = {*after}.difference(before), {*before}.difference(after)
-    left = [n for n in now if n not in gone or n in other]
+    stayed = _stayed(before, after)
+    new = {n for n in after if n not in stayed and (n not in other or n not in before)}
+    gone = {n for n in before if n not in stayed and n not in other}
+    left = [n for n in now if n not in gone]
     reference = [n for n in after if n in new or n not in other]
-    if permuted(before, after):
-        left = merged(left, reference)
     return tuple(_between(left[::-1], reference[::-1], new)[::-1])
+
+
+def _stayed(before: Sequence[str], after: Sequence[str]) -> set[str]:
+    """
+    The names in both that nobody moved: a longest subsequence that both have, those moved being the last ones.
+
+    By patience sorting: M. L. Fredman, On computing the length of longest increasing subsequences, 1975.
+    """
+    rank = {n: i for i, n in enumerate(before)}
+    common = [n for n in after if n in rank]
+    tails: list[int] = []
+    levels: list[list[int]] = []  # by the length of the longest subsequence that ends there: places in `common`
+    for place, name in enumerate(common):
+        level = bisect.bisect_left(tails, rank[name])
+        if level == len(tails):
+            tails.append(rank[name])
+            levels.append([place])
+        else:
+            tails[level] = rank[name]
+            levels[level].append(place)
+    found: list[int] = []
+    for places in reversed(levels):
+        last = found[-1] if found else None
+        found.append(next(p for p in places if last is None or rank[common[p]] < rank[common[last]]))
+    return {common[p] for p in found}
 
 
 _NO_NAMES: tuple[frozenset[str], frozenset[str], dict[str, Pair]] = (frozenset(), frozenset(), {})

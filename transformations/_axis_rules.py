@@ -36,7 +36,7 @@ def apply(axes: Axes, node: Node, weighted: bool) -> Any:
     if str(node.target) in _GROUPED and (product := _grouped_product(axes, node)) is not None:
         return product
     rule = RULES.get(call.op) if call is not None else None
-    if call is not None and rule is not None and not call.inplace and held is not None:
+    if call is not None and rule is not None and not call.inplace:
         found = rule(axes, node, call.arguments)
         if found is not None:
             _follow_numbers(axes, node, call)
@@ -44,8 +44,6 @@ def apply(axes: Axes, node: Node, weighted: bool) -> Any:
     if held is None or isinstance(held, Tensor | tuple | list):
         axes.unknown[node.name] = str(call.op if call is not None else node.target)
     why = f"{call.op if call is not None else node.target} has it"
-    if held is None:
-        why += ", whose result has no known shape; give example inputs"
     for source in node.all_input_nodes:
         _block_all(axes.of.get(source), why)
     for path in _module_parameters(axes, node):
@@ -140,6 +138,8 @@ def _unary(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
 def _broadcast(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     operands = [axes.parameter(x) for x in a.values() if isinstance(x, Node | ops.Attr)]
     tensors = [d for d in operands if d is not None]
+    if tensors and not isinstance(value(node), Tensor):
+        return None  # how it is stretched is not known
     return broadcast(tensors, _shape(node))
 
 
@@ -174,7 +174,7 @@ def _mm(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
 
 def _product(axes: Axes, x: Any, w: Any, b: Any, transposed: bool) -> Any:
     rows, weight, bias = axes.parameter(x), axes.parameter(w), axes.parameter(b)
-    if rows is None or weight is None or len(weight) != 2:
+    if not rows or weight is None or len(weight) != 2:
         return None
     features, inputs = (weight[1], weight[0]) if transposed else (weight[0], weight[1])
     _axes.unify(rows[-1], inputs)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis.strategies as st
+import pytest
 import torch
+from hypothesis import given
 from torch import nn
 from torch.fx import symbolic_trace
 
-from fxopt.errors import FxoptError, TransformationError
+from fxopt import patch
+from fxopt.errors import Conflict, FxoptError, TransformationError
 from fxopt.history import history, undo
 from fxopt.shapes import propagate
 from fxopt.transformation import ReversibleTransformation
@@ -130,6 +135,85 @@ def test_an_order_is_undone_under_a_node_that_went() -> None:
     history(gm)[0].reverse()
     history(gm)[0].reverse()
     same(gm, before)
+
+
+class Negate(ReversibleTransformation):
+    """Puts a ``neg`` before the output; two of them need signatures of their own."""
+
+    def __init__(self, note: str) -> None:
+        self.note = note
+
+    def transform(self, graph_module):
+        output = graph_module.graph.output_node()
+        with graph_module.graph.inserting_before(output):
+            new = graph_module.graph.call_function(torch.neg, (output.args[0],))
+        output.args = (new,)
+
+
+def beside(gm, name):
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        gm.graph.create_node("call_function", torch.add, (next(iter(gm.graph.nodes)), 1), name=name)
+
+
+def test_an_edit_from_outside_stays_before_what_is_made_again_under_another_name() -> None:
+    """The second is ``neg_2``, and ``neg_1`` once the first is undone; the edits keep their place around it."""
+    gm, other = symbolic_trace(three), symbolic_trace(three)
+    for one in (gm, other):
+        if one is gm:
+            Negate("first")(one)
+        beside(one, "a")
+        Negate("second")(one)
+        beside(one, "b")
+        one.recompile()
+    history(gm)[0].reverse()
+    assert [n.name for n in gm.graph.nodes][-4:] == ["a", "neg_1", "b", "output"]
+    assert not portrait(gm, objects=False).differences(portrait(other, objects=False))
+
+
+def test_a_graph_module_inside_is_not_undone_under_what_was_done_in_it() -> None:
+    class AddInner(ReversibleTransformation):
+        def transform(self, graph_module):
+            if not any(n.target is torch.exp for n in graph_module.graph.nodes):
+                return  # the one inside
+            graph_module.add_module("inner", symbolic_trace(three))
+            graph_module.graph.eliminate_dead_code()
+
+    gm = symbolic_trace(three)
+    gm.graph.output_node().args = (gm.graph.output_node().args[0],)
+    before = portrait(gm)
+    AddInner()(gm)
+    inner = gm.inner
+
+    class InnerOnce(ReversibleTransformation):
+        replayable = False
+
+        def transform(self, graph_module):
+            if graph_module is inner:
+                node = next(n for n in graph_module.graph.nodes if n.name == "relu")
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+
+    InnerOnce()(gm)
+    now = portrait(gm)
+    with pytest.raises(Conflict, match=r"undo .*InnerOnce.* first"):
+        history(gm)[0].reverse()
+    same(gm, now)
+    history(gm)[1].reverse()
+    history(gm)[0].reverse()
+    same(gm, before)
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), unique=True), st.lists(st.sampled_from("abcdefgh"), unique=True))
+def test_what_nobody_moved_is_a_longest_common_subsequence(before, after):
+    stayed = patch._stayed(before, after)
+    assert [n for n in before if n in stayed] == [n for n in after if n in stayed]
+    assert len(stayed) == max(
+        len(some)
+        for size in range(len(after) + 1)
+        for some in itertools.combinations(after, size)
+        if list(some) == [n for n in before if n in some]
+    )
+    assert patch._redone(tuple(before), tuple(after), tuple(before), set()) == tuple(after)
 
 
 def test_a_note_from_outside_stays_where_a_pass_had_put_one() -> None:

@@ -296,3 +296,18 @@ def test_a_copy_is_undone_on_its_own():
     twin = copy.deepcopy(gm)
     PruneWidth().reverse(twin)
     assert torch.equal(twin(X), expected) and not torch.equal(gm(X), expected)
+
+
+def test_without_shapes_nothing_is_cut_and_a_miss_says_so():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.gate, self.down = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return F.linear(F.silu(self.up(x)) * self.gate(x), self.down.weight)
+
+    gm = symbolic_trace(Gated())
+    PruneWidth()(gm)
+    assert not history(gm)[0].rewrites
+    assert {miss.node.name for miss in PruneWidth().misses(gm)} >= {"up", "gate", "linear"}
