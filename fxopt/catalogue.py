@@ -11,10 +11,15 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fxopt import transformations
 from fxopt.compose import adopt
@@ -227,31 +232,47 @@ def make(name: str, options: dict[str, Any]) -> Transformation:
         raise UsageError(f"{name} does not take {', '.join(options)}; its options are: {fields}") from error
 
 
-def to_json(transformation: Transformation) -> dict[str, Any]:
-    """A transformation as plain values, to be made again by `from_json` in another process."""
+def to_json(transformation: Transformation, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """
+    A transformation as plain values, to be made again by `from_json` in another process.
+
+    ``tensors`` takes the tensors among its options, by the names that stand for them; without, they are refused.
+    """
     kind = type(transformation)
     if dataclasses.is_dataclass(transformation):
         options = {f.name: getattr(transformation, f.name) for f in dataclasses.fields(transformation)}
     else:
         options = {k: v for k, v in vars(transformation).items() if not k.startswith("_")}
-    return {"class": f"{kind.__module__}:{kind.__qualname__}", "options": _plain(options, transformation)}
+    plain = {k: _plain(v, transformation, tensors) for k, v in options.items()}
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", "options": plain}
 
 
-def _plain(value: Any, transformation: Transformation) -> Any:
+def _plain(value: Any, transformation: Transformation, tensors: dict[str, Tensor] | None) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Tensor) and value.layout is torch.strided and tensors is not None:
+        name = next((n for n, t in tensors.items() if t is value), f"option_{len(tensors)}")
+        tensors[name] = value
+        return {"tensor": name}
     if isinstance(value, tuple | list):
-        return [_plain(v, transformation) for v in value]
+        items = [_plain(v, transformation, tensors) for v in value]
+        tells = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+        return {"list": items} if tells and isinstance(value, list) else items  # among inputs it is no tuple
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-        return {k: _plain(v, transformation) for k, v in value.items()}
+        held = {k: _plain(v, transformation, tensors) for k, v in value.items()}
+        return {"dict": held} if [*held] in _MARKS else held
+    shown = f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else repr(value)
     raise StoreError(
-        f"{transformation.signature} has the option {value!r}, which is no plain value, so it cannot be saved; "
+        f"{transformation.signature} has the option {shown}, which is no plain value, so it cannot be saved; "
         "undo it before saving"
     )
 
 
-def from_json(saved: dict[str, Any]) -> Transformation:
-    """The transformation that `to_json` described."""
+_MARKS = (["tensor"], ["list"], ["dict"])  # what a dictionary of this one key stands for
+
+
+def from_json(saved: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> Transformation:
+    """The transformation that `to_json` described; ``tensors`` by the names that stand for them."""
     module, _, name = str(saved["class"]).partition(":")
     try:
         kind: Any = importlib.import_module(module)
@@ -263,7 +284,7 @@ def from_json(saved: dict[str, Any]) -> Transformation:
         ) from error
     if not (inspect.isclass(kind) and issubclass(kind, Transformation)):
         raise StoreError(f"{saved['class']} is no fxopt transformation; the journal is damaged or from elsewhere")
-    options = dict(_tuples(kind, saved["options"]))
+    options = read_options(saved, dataclasses.is_dataclass(kind), tensors)
     if dataclasses.is_dataclass(kind):
         try:
             made = kind(**options)
@@ -276,11 +297,24 @@ def from_json(saved: dict[str, Any]) -> Transformation:
     return made
 
 
-def _tuples(kind: Any, options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """JSON has no tuples; a frozen dataclass has no lists."""
-    for name, value in options.items():
-        yield name, _hashable(value) if dataclasses.is_dataclass(kind) else value
+def read_options(
+    saved: Mapping[str, Any], frozen: bool, tensors: Mapping[str, Tensor] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The options that `to_json` wrote; JSON has no tuples, and a ``frozen`` transformation no lists."""
+    return {name: _read(value, frozen, tensors) for name, value in saved["options"].items()}
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+def _read(value: Any, frozen: bool, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        items = [_read(v, frozen, tensors) for v in value]
+        return tuple(items) if frozen else items
+    if not isinstance(value, dict):
+        return value
+    if [*value] == ["tensor"]:
+        if value["tensor"] not in tensors:
+            raise StoreError(f"the tensor {value['tensor']}, an option of a transformation, is missing; save it again")
+        return tensors[value["tensor"]]
+    if [*value] == ["list"]:
+        return [_read(v, frozen, tensors) for v in value["list"]]
+    held = value["dict"] if [*value] == ["dict"] else value
+    return {k: _read(v, frozen, tensors) for k, v in held.items()}

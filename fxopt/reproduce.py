@@ -251,10 +251,10 @@ def read_transformation(saved: Mapping[str, Any]) -> Transformation:
     if "function" in saved:
         return adopt(serial.find(saved["function"]))
     if not saved["foreign"]:
-        return catalogue.from_json(dict(saved))
+        return catalogue.from_json(saved)
     kind = serial.find(saved["class"])
     made = kind.__new__(kind)
-    vars(made).update(saved["options"])
+    vars(made).update(catalogue.read_options(saved, frozen=False))
     return adopt(made)
 
 

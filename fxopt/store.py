@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -32,7 +33,8 @@ from fxopt.errors import StoreError, UsageError
 from fxopt.history import Entry, commits, history, undo_rewrite
 from fxopt.huggingface import Optimized, optimize
 
-JOURNAL, GRAPH, WEIGHTS, INPUTS = "fxopt.json", "graph.json", "model.safetensors", "inputs.safetensors"
+JOURNAL, GRAPH, WEIGHTS = "fxopt.json", "graph.json", "model.safetensors"
+INPUTS, OPTIONS = "inputs.safetensors", "options.safetensors"
 FORMAT = 1
 
 
@@ -82,7 +84,7 @@ def load(directory: str | Path) -> nn.Module:
     entry = read_journal(folder)
     if entry["kind"] == "graph":
         gm = serial.from_json(read_json(folder / GRAPH), read_tensors(folder / WEIGHTS))
-        return replay(gm, entry["graphs"][""])
+        return replay(gm, entry["graphs"][""], _options(folder, entry))
     return _load_model(folder, entry)
 
 
@@ -90,7 +92,7 @@ def _save_graph(gm: GraphModule, folder: Path) -> None:
     graph, tensors = serial.to_json(history(share(gm)).checkout(0))
     write_tensors(folder / WEIGHTS, tensors)
     write_json(folder / GRAPH, graph)
-    write_journal(folder, {"kind": "graph", "graphs": {"": journal(gm)}})
+    _write_journal(folder, {"kind": "graph"}, {"": gm})
 
 
 def _only(state: Optimized) -> GraphModule:
@@ -115,9 +117,21 @@ def _save_model(model: Any, state: Optimized, folder: Path) -> None:
         "generation": state.generation,
         "dynamic": state.dynamic,
         "known_to_fail": state.known_to_fail,
-        "graphs": {name: journal(gm) for name, gm in state.graphs.items()},
     }
-    write_journal(folder, entry)
+    _write_journal(folder, entry, state.graphs)
+
+
+def _write_journal(folder: Path, entry: dict[str, Any], gms: Mapping[str, GraphModule]) -> None:
+    options: dict[str, torch.Tensor] = {}
+    journals = {name: journal(gm, options) for name, gm in gms.items()}
+    if options:
+        write_tensors(folder / OPTIONS, options)
+    write_journal(folder, entry | {"graphs": journals})
+
+
+def _options(folder: Path, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that the options of transformations name."""
+    return read_tensors(folder / OPTIONS) if OPTIONS in entry["files"] else {}
 
 
 def _load_model(folder: Path, entry: dict[str, Any]) -> nn.Module:
@@ -139,7 +153,7 @@ def _load_model(folder: Path, entry: dict[str, Any]) -> nn.Module:
     if inputs.keys() != set(entry["order"]):
         raise StoreError(f"{folder / JOURNAL}: 'order' does not name the inputs {', '.join(inputs)}; save it again")
     inputs = {name: inputs[name] for name in entry["order"]}
-    again = Replay(entry["graphs"], entry.get("known_to_fail") is True)
+    again = Replay(entry["graphs"], entry.get("known_to_fail") is True, _options(folder, entry))
     made = optimize(model, again, inputs, generation=entry["generation"], dynamic=entry["dynamic"])
     if missing := entry["graphs"].keys() - made.__dict__["fxopt"].graphs.keys():
         raise StoreError(
@@ -165,8 +179,13 @@ def _model_class(text: str) -> Any | None:
 class Replay:
     """A pipeline that makes the commits of a journal again, for each graph of a model its own."""
 
-    def __init__(self, graphs: Mapping[str, Sequence[Mapping[str, Any]]], known_to_fail: bool = False) -> None:
-        self.graphs = graphs
+    def __init__(
+        self,
+        graphs: Mapping[str, Sequence[Mapping[str, Any]]],
+        known_to_fail: bool = False,
+        options: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.graphs, self.options = graphs, options
         self.on_failure = "keep" if known_to_fail else "raise"  # what was saved wrong on purpose is loaded as it was
 
     def __call__(self, gm: GraphModule) -> GraphModule:
@@ -174,7 +193,7 @@ class Replay:
 
     def named(self, name: str, gm: GraphModule) -> GraphModule:
         """Make the commits of the graph ``name`` again on ``gm``."""
-        return replay(gm, self.graphs.get(name, ()))
+        return replay(gm, self.graphs.get(name, ()), self.options)
 
 
 def saved_graphs(entry: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -275,8 +294,12 @@ def _nothing_to_undo(gms: Iterable[GraphModule], what: str, rewrite: str | None,
 # --- the journal ----------------------------------------------------------------------------------------------------
 
 
-def journal(gm: GraphModule) -> list[dict[str, Any]]:
-    """The history of ``gm`` as plain values, with a digest of the graph after each commit."""
+def journal(gm: GraphModule, options: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """
+    The history of ``gm`` as plain values, with a digest of the graph after each commit.
+
+    ``options`` takes the tensors among the options of its transformations.
+    """
     found = []
     trial = share(gm)
     digests = []
@@ -285,17 +308,19 @@ def journal(gm: GraphModule) -> list[dict[str, Any]]:
     for commit, after in zip(commits(gm), reversed(digests), strict=True):
         if not commit.transformation.replayable and commit.delta:
             raise StoreError(f"{commit.signature} cannot be made again from the journal alone; undo it before saving")
-        saved = catalogue.to_json(commit.transformation)  # type: ignore[arg-type]
+        saved = catalogue.to_json(commit.transformation, options)  # type: ignore[arg-type]
         ids = [p.id for p in commit.parts]
         undone = sorted(commit.undone)
         found.append(saved | {"signature": commit.signature, "rewrites": ids, "undone": undone, "after": after})
     return found
 
 
-def replay(gm: GraphModule, saved: Sequence[Mapping[str, Any]]) -> GraphModule:
+def replay(
+    gm: GraphModule, saved: Sequence[Mapping[str, Any]], options: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> GraphModule:
     """Make the commits of a journal again on ``gm``, and check each against its digest."""
     for entry in saved:
-        transformation = catalogue.from_json(dict(entry))
+        transformation = catalogue.from_json(entry, options)
         transformation(gm)
         index = len(commits(gm)) - 1
         for part in entry["undone"]:

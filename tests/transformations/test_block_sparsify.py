@@ -262,6 +262,28 @@ def test_settled_it_is_saved_and_loaded(tmp_path):
     assert "block_linear" not in again.code
 
 
+@pytest.mark.parametrize("given", [X(), [X(), X()]], ids=["one", "several"])
+@pytest.mark.parametrize("spec", [(0.5, (16, 16), "activation"), (0.5, (16, 16), "magnitude", True)])
+def test_what_calibration_chose_is_saved_and_loaded(spec, given, tmp_path):
+    gm, x = fxopt.capture(Net().eval(), X()), X()
+    force({"up|down": spec}, inputs=given).settled(gm)(gm)
+    fxopt.save(gm, tmp_path / "saved")
+    again = fxopt.load(tmp_path / "saved")
+    assert torch.equal(again(*x), gm(*x)) and history(again)[0].signature == history(gm)[0].signature
+    fxopt.save(again, tmp_path / "saved")
+    assert torch.equal(fxopt.load(tmp_path / "saved")(*x), gm(*x))
+    history(again).undo(0)
+    assert "block_linear" not in again.code
+
+
+def test_a_mask_is_saved_and_loaded(tmp_path):
+    gm, x = fxopt.capture(Net().eval(), X()), X()
+    weight = next(p for n, p in gm.named_parameters() if n == "up.weight")
+    force({"up": (None, (16, 16), weight.abs() > weight.abs().quantile(0.999))}).settled(gm)(gm)
+    fxopt.save(gm, tmp_path / "saved")
+    assert torch.equal(fxopt.load(tmp_path / "saved")(*x), gm(*x))
+
+
 class Embedded(nn.Module):
     def __init__(self):
         super().__init__()
