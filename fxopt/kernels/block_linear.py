@@ -55,22 +55,48 @@ _COMPUTED_IN = {torch.float32: torch.float32, torch.bfloat16: torch.float32, tor
 
 
 class _Blocks:
-    """The arguments of an operator, read as a row-wise matrix of blocks: the weight, or its transpose."""
+    """
+    The arguments of an operator, read as a row-wise matrix of blocks: the weight, or its transpose.
+
+    Made on every call, so it slices `index` only where somebody asks: a small layer is done in some 100 µs.
+    """
 
     def __init__(self, data: Tensor, crow: Tensor, col: Tensor, index: Tensor, transposed: bool) -> None:
-        nnz, rows = data.shape[0], crow.numel() - 1
-        self.data, self.transposed, self.grid = data, transposed, (rows, index.numel() - 3 * nnz - 1)
-        self.row, self.t_row, self.t_place = index[:nnz], index[nnz : 2 * nnz], index[2 * nnz : 3 * nnz]
-        self.weight_col, self.t_crow = col, index[3 * nnz :]
-        self.place: Tensor | None
-        if transposed:
-            self.crow, self.col, self.place = self.t_crow, self.t_row, self.t_place
-            self.columns, self.rows = self.grid
-            self.inner, self.outer = data.shape[1:]
-        else:
-            self.crow, self.col, self.place = crow, col, None
-            self.rows, self.columns = self.grid
-            self.outer, self.inner = data.shape[1:]
+        nnz, bo, bi = data.shape
+        rows = crow.numel() - 1
+        columns = index.numel() - 3 * nnz - 1
+        self.data, self.transposed, self.grid, self.nnz = data, transposed, (rows, columns), nnz
+        self.weight_crow, self.weight_col, self.index = crow, col, index
+        self.rows, self.columns = (columns, rows) if transposed else (rows, columns)
+        self.outer, self.inner = (bi, bo) if transposed else (bo, bi)
+
+    @property
+    def row(self) -> Tensor:
+        return self.index[: self.nnz]
+
+    @property
+    def crow(self) -> Tensor:
+        return self.index[3 * self.nnz :] if self.transposed else self.weight_crow
+
+    @property
+    def col(self) -> Tensor:
+        return self.index[self.nnz : 2 * self.nnz] if self.transposed else self.weight_col
+
+    @property
+    def place(self) -> Tensor | None:
+        return self.index[2 * self.nnz : 3 * self.nnz] if self.transposed else None
+
+    @property
+    def t_row(self) -> Tensor:
+        return self.index[self.nnz : 2 * self.nnz]
+
+    @property
+    def t_place(self) -> Tensor:
+        return self.index[2 * self.nnz : 3 * self.nnz]
+
+    @property
+    def t_crow(self) -> Tensor:
+        return self.index[3 * self.nnz :]
 
 
 def _check(x: Tensor, features: int, blocks: _Blocks) -> None:
@@ -100,7 +126,7 @@ def _block_linear(
         raise ValueError(f"the input is {x.dtype}, the blocks are {data.dtype}; give the same type")
     blocks = _Blocks(data, crow, col, index, transposed)
     _check(x, features, blocks)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if rows.numel() == 0 or features == 0 or data.shape[0] == 0:
         y = x.new_zeros(*x.shape[:-1], features)
         return y if bias is None else y + bias
@@ -110,7 +136,7 @@ def _block_linear(
         y = kernels.product(rows, blocks, bias, features)
     else:
         y = _torch_product(rows, blocks, bias, features)
-    return y.view(*x.shape[:-1], features)
+    return y if rows is x else y.view(*x.shape[:-1], features)
 
 
 def _padded(x: Tensor, size: int) -> Tensor:
@@ -118,16 +144,16 @@ def _padded(x: Tensor, size: int) -> Tensor:
 
 
 def _native_product(x: Tensor, blocks: _Blocks, bias: Tensor | None, features: int) -> Tensor:
-    kept = x.dtype
-    x = _padded(x, blocks.columns * blocks.inner).float()
-    data = blocks.data.contiguous().float()
-    width = blocks.rows * blocks.outer
-    b = None if bias is None else _padded(bias, width).float()
+    kept, width = x.dtype, blocks.rows * blocks.outer
+    x, data = _padded(x, blocks.columns * blocks.inner), blocks.data.contiguous()
+    b = bias if bias is None else _padded(bias, width)
+    if kept is not torch.float32:
+        x, data, b = x.float(), data.float(), None if b is None else b.float()
     y = torch.empty(x.shape[0], width, dtype=torch.float32)
     tensors = map(native.address, (x, data, blocks.crow, blocks.col, blocks.place, b, y))
     sizes = (x.shape[0], blocks.rows, blocks.columns, blocks.outer, blocks.inner)
     _product(*tensors, *sizes, int(not blocks.transposed), *native.call_context())
-    return y[:, :features].contiguous().to(kept)
+    return y if width == features and kept is torch.float32 else y[:, :features].contiguous().to(kept)
 
 
 def _torch_product(x: Tensor, blocks: _Blocks, bias: Tensor | None, features: int) -> Tensor:
