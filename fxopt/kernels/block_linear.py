@@ -139,6 +139,24 @@ def _block_linear(
     return y if rows is x else y.view(*x.shape[:-1], features)
 
 
+def _reference(
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    crow: Tensor,
+    col: Tensor,
+    index: Tensor,
+    features: int,
+    transposed: bool = False,
+) -> Tensor:
+    """The same in plain torch, on the dense weight."""
+    blocks = _Blocks(data, crow, col, index, transposed)
+    _check(x, features, blocks)
+    weight = to_dense(data, blocks.row, col, blocks.grid)
+    y = F.linear(F.pad(x, (0, blocks.columns * blocks.inner - x.shape[-1])), weight.t() if transposed else weight)
+    return y[..., :features] if bias is None else y[..., :features] + bias
+
+
 def _padded(x: Tensor, size: int) -> Tensor:
     return x.contiguous() if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
@@ -308,5 +326,5 @@ def _gradient_backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
     return dg, dx, None, None, None, None
 
 
-block_linear = differentiable("block_linear", _block_linear, _fake_linear, _keep_linear, _linear_backward)
+block_linear = differentiable("block_linear", _block_linear, _fake_linear, _keep_linear, _linear_backward, _reference)
 block_gradient = differentiable("block_gradient", _block_gradient, _fake_gradient, _keep_gradient, _gradient_backward)

@@ -78,41 +78,59 @@ def differentiable(
     fake: Callable[..., Any],
     keep: Callable[..., None],
     backward: Callable[..., Any],
+    reference: Callable[..., Any] | None = None,
 ) -> OpOverload[..., Any]:
     """
     Make `torch.ops.fxopt.NAME` of a kernel with a backward of its own, and return its overload.
 
-    `kernel` gives the schema, and returns fresh contiguous tensors; `fake` gives their shapes. `keep(ctx, inputs,
-    output)` and `backward(ctx, *gradients)` are those of `torch.library.register_autograd`; a backward made of
-    operators that are differentiable themselves can be differentiated again. Under autocast, floating tensors are cast
-    as for a linear layer.
+    `kernel` gives the schema, and returns fresh contiguous tensors; `fake` gives their shapes. For `keep`, `backward`
+    and `reference` see `differentiate`. Under autocast, floating tensors are cast as for a linear layer.
     """
     _library.define(name + torch.library.infer_schema(kernel, mutates_args=()))
     overload: OpOverload[..., Any] = getattr(torch.ops.fxopt, name).default
-    qualified = f"fxopt::{name}"
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_fake(f"fxopt::{name}", fake, lib=_library)
+    differentiate(_library, overload, kernel, keep, backward, reference)
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(name, _autocast(overload, device_type), key)
+    return overload
+
+
+def differentiate(
+    library: torch.library.Library,
+    overload: OpOverload[..., Any],
+    kernel: Callable[..., Any],
+    keep: Callable[..., None],
+    backward: Callable[..., Any],
+    reference: Callable[..., Any] | None = None,
+) -> None:
+    """
+    Give an operator its backward, as `torch.library.register_autograd` does.
+
+    `keep(ctx, inputs, output)` and `backward(ctx, *gradients)` are those of `register_autograd`; a backward made of
+    operators that are differentiable themselves can be differentiated again. `reference`, the same in plain torch, runs
+    under forward-mode differentiation and under `torch.func`: an `autograd.Function` refuses `torch.func.grad`, and
+    gives `torch.func.jvp` zeros. Where nothing is differentiated the kernel is called at once, which saves 15 µs.
+    """
     tensors = tuple(i for i, a in enumerate(overload._schema.arguments) if "Tensor" in str(a.type))
-    # What `torch.library.register_autograd` registers; it costs 15 µs a call where nothing is differentiated.
-    differentiating = make_autograd_impl(overload, Info(backward, keep))
+    recorded = make_autograd_impl(overload, Info(backward, keep))
 
     def with_autograd(keyset: Any, *arguments: Any) -> Any:
+        if reference is not None and (forward_ad._current_level >= 0 or peek_interpreter_stack() is not None):
+            return reference(*arguments)
+        if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
+            return recorded(keyset, *arguments)
         grad = torch.is_grad_enabled()
-        if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0 or peek_interpreter_stack():
-            return differentiating(keyset, *arguments)
         for i in tensors:
-            argument = arguments[i] if i < len(arguments) else None
+            argument = arguments[i] if i < len(arguments) else None  # defaults at the end are left out
             if argument is None:
                 continue
             kind = type(argument)
             if (kind is not Tensor and kind is not Parameter) or (grad and argument.requires_grad):
-                return differentiating(keyset, *arguments)
-        return kernel(*arguments)
+                return recorded(keyset, *arguments)
+        return kernel(*arguments) if peek_interpreter_stack() is None else recorded(keyset, *arguments)
 
-    _library.impl(name, with_autograd, "Autograd", with_keyset=True)
-    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(name, _autocast(overload, device_type), key)
-    return overload
+    library.impl(overload._schema.name.rpartition("::")[2], with_autograd, "Autograd", with_keyset=True)
 
 
 def _autocast(overload: OpOverload[..., Any], device_type: str) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fxopt.errors import UsageError
 from fxopt.kernels import native
+from fxopt.kernels.registration import differentiate
 from fxopt.kernels.unstructured_pattern import dense, rows_of
 from fxopt.kernels.unstructured_window import Window, gradients_like
 
@@ -66,6 +67,21 @@ def sparse_linear(
     held = (x2, row_start, column, values.contiguous(), _contiguous(bias), y)
     run(*map(native.address, held), x2.shape[0], inputs, outputs, *_context(x2.shape[0] * values.numel()))
     return y.view(*x.shape[:-1], outputs)
+
+
+def _linear_reference(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_start: Tensor,
+    column: Tensor,
+    column_start: Tensor,
+    row: Tensor,
+    place: Tensor,
+) -> Tensor:
+    """The same in plain torch, on the dense weight."""
+    _check("sparse_linear", x, values, bias, column)
+    return F.linear(x, dense(values, row_start, column, column_start.numel() - 1), bias)
 
 
 def _sparse_linear_like(
@@ -145,6 +161,27 @@ def sparse_conv2d(
     if y.numel():
         run(*map(native.address, held), window.shape(images.shape[0]), *_context(_products(y, values)))
     return y.view(window.result(x))
+
+
+def _conv2d_reference(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_start: Tensor,
+    column: Tensor,
+    column_start: Tensor,
+    row: Tensor,
+    place: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The same in plain torch, on the dense weight."""
+    _check("sparse_conv2d", x, values, bias, column)
+    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
+    return F.conv2d(window.pad(x), window.weight(values, row_start, column, groups), bias, stride, 0, dilation, groups)
 
 
 def _sparse_conv2d_like(
@@ -250,7 +287,7 @@ def _bits(wanted: Sequence[bool]) -> int:
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
-def _register(forward: Any, like: Any, backward: Any, backward_like: Any) -> None:
+def _register(forward: Any, like: Any, backward: Any, backward_like: Any, reference: Any) -> None:
     """Two operators: the product, and its gradients. Each is linear in its arguments, and so differentiable by both."""
     for function, fake in ((forward, like), (backward, backward_like)):
         name = function.__name__
@@ -258,7 +295,7 @@ def _register(forward: Any, like: Any, backward: Any, backward_like: Any) -> Non
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fxopt::{name}", fake, lib=_library)
     apply = getattr(torch.ops.fxopt, forward.__name__).default
-    differentiate = getattr(torch.ops.fxopt, backward.__name__).default
+    gradients_of = getattr(torch.ops.fxopt, backward.__name__).default
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, values, _, *rest = inputs
@@ -268,7 +305,7 @@ def _register(forward: Any, like: Any, backward: Any, backward_like: Any) -> Non
     def gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, values, *pattern = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        found = differentiate(gradient, x, values, *pattern, *ctx.window, wanted)
+        found = gradients_of(gradient, x, values, *pattern, *ctx.window, wanted)
         rest = (None,) * (len(pattern) + len(ctx.window))
         return (*(g if want else None for g, want in zip(found, wanted, strict=True)), *rest)
 
@@ -283,23 +320,24 @@ def _register(forward: Any, like: Any, backward: Any, backward_like: Any) -> Non
         to_gradient = to_x = to_values = None
         if ctx.wanted[0]:
             to_gradient = apply(by_dx, values, None, *rest)
-            to_values = differentiate(gradient, by_dx, values, *rest, [False, True, False])[1]
+            to_values = gradients_of(gradient, by_dx, values, *rest, [False, True, False])[1]
         if ctx.wanted[1]:
             product = apply(x, by_dw, None, *rest)
             to_gradient = product if to_gradient is None else to_gradient + product
-            to_x = differentiate(gradient, x, by_dw, *rest, [True, False, False])[0]
+            to_x = gradients_of(gradient, x, by_dw, *rest, [True, False, False])[0]
         if ctx.wanted[2]:
             shape = (-1, 1, 1) if ctx.window else (-1,)
             spread = by_db.view(shape).expand(gradient.shape)
             to_gradient = spread if to_gradient is None else to_gradient + spread
         return to_gradient, to_x, to_values, *(None,) * (len(rest) + 1)
 
-    names = [f"fxopt::{f.__name__}" for f in (forward, backward)]
-    torch.library.register_autograd(names[0], gradients, setup_context=keep, lib=_library)
-    torch.library.register_autograd(names[1], second, setup_context=keep_all, lib=_library)
-    torch.library.register_autocast(names[0], "cpu", torch.float32, lib=_library)
-    torch.library.register_autocast(names[0], "cuda", torch.float32, lib=_library)
+    differentiate(_library, apply, forward, keep, gradients, reference)
+    differentiate(_library, gradients_of, backward, keep_all, second)
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"fxopt::{forward.__name__}", device, torch.float32, lib=_library)
 
 
-_register(sparse_linear, _sparse_linear_like, sparse_linear_backward, _sparse_linear_backward_like)
-_register(sparse_conv2d, _sparse_conv2d_like, sparse_conv2d_backward, _sparse_conv2d_backward_like)
+_linear = (sparse_linear, _sparse_linear_like, sparse_linear_backward, _sparse_linear_backward_like)
+_conv2d = (sparse_conv2d, _sparse_conv2d_like, sparse_conv2d_backward, _sparse_conv2d_backward_like)
+_register(*_linear, _linear_reference)
+_register(*_conv2d, _conv2d_reference)

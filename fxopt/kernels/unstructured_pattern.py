@@ -81,7 +81,6 @@ def _starts(counts: Tensor) -> Tensor:
 
 
 def dense(values: Tensor, row_start: Tensor, column: Tensor, columns: int) -> Tensor:
-    """The weight as a matrix (rows, columns)."""
-    found = values.new_zeros(row_start.numel() - 1, columns)
-    found[rows_of(row_start), column.long()] = values
-    return found
+    """The weight as a matrix (rows, columns); differentiable in `values`."""
+    zeros = values.new_zeros(row_start.numel() - 1, columns)
+    return zeros.index_put((rows_of(row_start), column.long()), values)

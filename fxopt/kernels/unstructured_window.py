@@ -84,10 +84,10 @@ class Window(NamedTuple):
         return rows, column.long() - first * taps
 
     def weight(self, values: Tensor, row_start: Tensor, column: Tensor, groups: int) -> Tensor:
-        """The weight as torch has it."""
+        """The weight as torch has it; differentiable in `values`."""
         inner = (self.channels // groups, *self.kernel)
-        dense = values.new_zeros(self.outputs, math.prod(inner))
-        dense[self.places(row_start, column, groups)] = values
+        zeros = values.new_zeros(self.outputs, math.prod(inner))
+        dense = zeros.index_put(self.places(row_start, column, groups), values)
         return dense.view(self.outputs, *inner)
 
     def backward(
