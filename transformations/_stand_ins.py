@@ -19,7 +19,7 @@ from fxopt.transformation import New, Site
 from fxopt.transformations._axes import Axes, index_map, leaves
 from fxopt.transformations._constants import unfit
 from fxopt.transformations._cut import cut
-from fxopt.transformations._flow import signature
+from fxopt.transformations._flow import is_check, signature
 from fxopt.transformations._memory import value
 from fxopt.transformations._restate import bury, restate
 from fxopt.transformations._trees import features_axis
@@ -198,7 +198,7 @@ def instead_of_layer(gm: GraphModule, keep: Node, exit: Node, unequal: Unequal, 
 
 def fold(gm: GraphModule, layer: Layer) -> bool:
     """Multiply the layer into the linear one that alone reads it: exact, and the layer is gone."""
-    users = list(layer.node.users)
+    users = _readers(gm, layer.node)
     after = read_layer(gm, users[0]) if len(users) == 1 else None
     pointwise = all(n == 1 for n in layer.weight.shape[2:])
     if after is None or after.x is not layer.node or not pointwise or layer.weight.dim() != after.weight.dim():
@@ -222,20 +222,50 @@ def fold(gm: GraphModule, layer: Layer) -> bool:
 
 
 def fold_around(gm: GraphModule, node: Node) -> None:
-    """Make one of a linear layer and those right before and after it, where there is no more to compute then."""
+    """
+    Make one of a linear layer and those right before and after it, where there is no more to compute then.
+
+    Casts to the type that a value has, as normalisations leave between residual branches, are not in the way.
+    """
     _fold_before(gm, node)
-    if len(node.users) == 1:
-        _fold_before(gm, next(iter(node.users)))
+    while len(readers := _readers(gm, node)) == 1:
+        node = readers[0]
+        if not _same_value(gm, node):
+            _fold_before(gm, node)
+            return
 
 
 def _fold_before(gm: GraphModule, node: Node) -> None:
     after = read_layer(gm, node)
-    before = None if after is None else read_layer(gm, after.x)
-    if after is None or before is None or len(before.weight) != after.weight.shape[1]:
+    if after is None:
+        return
+    between, source = after.x, after.x
+    while _same_value(gm, source) and len(_readers(gm, source)) == 1:
+        source = source.all_input_nodes[0]
+    before = read_layer(gm, source)
+    if before is None or len(before.weight) != after.weight.shape[1]:
         return
     outer = len(after.weight) * before.weight.shape[1]
     if outer <= after.weight.numel() + before.weight.numel():
+        if between is not source:
+            node.replace_input_with(between, source)
+            bury(gm, between)
         fold(gm, before)
+
+
+def _readers(gm: GraphModule, node: Node) -> list[Node]:
+    """Its users, but for export's checks of its type, which go with it."""
+    return [u for u in node.users if not is_check(gm, u)]
+
+
+def _same_value(gm: GraphModule, node: Node) -> bool:
+    """Whether it gives what it is given: a cast to the type that the value has, or a copy of it."""
+    call = ops.read(gm, node)
+    if call is None or call.op not in (words.to, words.contiguous) or len(node.all_input_nodes) != 1:
+        return False
+    here, before = value(node), value(node.all_input_nodes[0])
+    tensors = isinstance(here, torch.Tensor) and isinstance(before, torch.Tensor)
+    return tensors and here.dtype == before.dtype and here.device == before.device
 
 
 def _plain_convolution(call: ops.Call) -> bool:

@@ -407,7 +407,15 @@ class TestLayers:
         torch.testing.assert_close(values.kept, F.linear(interpreter.kept, weight, bias))
 
     @pytest.mark.parametrize("order", ((0, 1), (1, 0)), ids=str)
-    def test_fitted_layers_one_behind_the_other_become_one(self, gm, order):
+    @pytest.mark.parametrize("cast", (False, True))
+    def test_fitted_layers_one_behind_the_other_become_one(self, order, cast):
+        model = Model()
+        if cast:
+            for block in model.blocks:
+                block.register_forward_hook(lambda module, given, y: y.to(y.dtype))
+                block.norm2.register_forward_pre_hook(lambda module, given: given[0].to(given[0].dtype))
+        gm = capture(model, (X,))
+        assert ("to" in {n.target._opname for n in gm.graph.nodes if n.op == "call_function"}) == cast
         first, second = [t for t in trees(gm) if t.kind == "branch"][1:3]
         made = [Fit(t.id, torch.randn(8, 8), torch.randn(8)) for t in (first, second)]
         alone, before = copy.deepcopy(gm), state(gm)
