@@ -157,7 +157,7 @@ def _apply_nodes(
         node = nodes.pop(name)
         graph.erase_node(node)
         graph._graph_namespace._obj_to_name.pop(node, None)
-    for node, names in lists.items():
+    for node, names in lists.items() if not upon else ():  # somebody who edits with torch.fx leaves them so
         if not node._erased:
             _arrange_list(node, names)
     for name, (was, new) in metas.items():
@@ -363,23 +363,30 @@ def _between(names: list[str], reference: Sequence[str], missing: set[str]) -> l
 
 def onto(gm: GraphModule, delta: Delta, moved: Set[str]) -> Delta:
     """
-    ``delta`` with the orders of nodes and of users that it makes out of those that are in ``gm`` now.
+    ``delta`` with the orders of nodes, users and entries that it makes out of those that are in ``gm`` now.
 
     ``moved``: the keys that stand for another node than they did where ``delta`` was made.
     """
-    orders, users = dict(delta.orders), dict(delta.users)
+    orders, users, entries = dict(delta.orders), dict(delta.users), dict(delta.entries)
+    whole = inside_replaced(delta.slots)
+    for path, (before, after) in delta.entries.items():
+        module = _module(gm, path)
+        if module is not None and before is not None and after is not None and not whole(path):
+            there = (tuple(module._parameters), tuple(module._buffers), tuple(module._modules))
+            kinds = zip(before, after, there, strict=True)
+            entries[path] = there, tuple(_redone(a, b, now, frozenset()) for a, b, now in kinds)
     for path, inner in graphs(gm).items():
         mine = {k for k in users if graph_of(k) == path}
         if path in orders:
-            there = tuple(node_key(path, n.name) for n in inner.graph.nodes)
-            orders[path] = there, _redone(*orders[path], there, moved)
+            keys = tuple(node_key(path, n.name) for n in inner.graph.nodes)
+            orders[path] = keys, _redone(*orders[path], keys, moved)
         for node in inner.graph.nodes if mine else ():
             if (key := node_key(path, node.name)) in mine:
-                before, after = users[key]
-                other = {n for n in (*before, *after) if node_key(path, n) in moved}
+                was, new = users[key]
+                other = {n for n in (*was, *new) if node_key(path, n) in moved}
                 names = tuple(u.name for u in node.users)
-                users[key] = names, _redone(before, after, names, other)
-    return dataclasses.replace(delta, orders=orders, users=users)
+                users[key] = names, _redone(was, new, names, other)
+    return dataclasses.replace(delta, orders=orders, users=users, entries=entries)
 
 
 def _redone(before: tuple[str, ...], after: tuple[str, ...], now: tuple[str, ...], other: Set[str]) -> tuple[str, ...]:

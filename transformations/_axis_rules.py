@@ -384,7 +384,7 @@ def _cumulated(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
 @_rule(words.mean, words.sum)
 def _reduce(axes: Axes, node: Node, a: dict[str, Any]) -> Any:
     x = axes.parameter(a["input"])
-    if x is None or a["dim"] is None:
+    if not x or a["dim"] is None:
         return None
     dims = a["dim"] if isinstance(a["dim"], tuple) else (a["dim"],)
     gone = {d % len(x) for d in dims}

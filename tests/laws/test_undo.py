@@ -170,6 +170,28 @@ def test_an_edit_from_outside_stays_before_what_is_made_again_under_another_name
     assert not portrait(gm, objects=False).differences(portrait(other, objects=False))
 
 
+class Holding(ReversibleTransformation):
+    """Registers a module that the graph calls, where there is none of that name."""
+
+    def __init__(self, name: str, note: str = "") -> None:
+        self.name, self.note = name, note
+
+    def transform(self, graph_module):
+        if not hasattr(graph_module, self.name):
+            graph_module.add_module(self.name, nn.Identity())
+
+
+def test_entries_made_again_in_another_order_keep_it_under_an_edit_from_outside() -> None:
+    gm = symbolic_trace(three)
+    for transformation in (Holding("a"), Holding("b"), Holding("a", "again")):
+        transformation(gm)
+    gm.register_parameter("foreign", nn.Parameter(torch.ones(1)))
+    gm.add_module("last", nn.Identity())
+    assert [*gm._modules] == ["a", "b", "last"]
+    history(gm)[0].reverse()
+    assert [*gm._modules] == ["b", "a", "last"]
+
+
 def test_a_graph_module_inside_is_not_undone_under_what_was_done_in_it() -> None:
     class AddInner(ReversibleTransformation):
         def transform(self, graph_module):
