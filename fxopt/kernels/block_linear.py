@@ -86,18 +86,6 @@ class _Blocks:
     def place(self) -> Tensor | None:
         return self.index[2 * self.nnz : 3 * self.nnz] if self.transposed else None
 
-    @property
-    def t_row(self) -> Tensor:
-        return self.index[self.nnz : 2 * self.nnz]
-
-    @property
-    def t_place(self) -> Tensor:
-        return self.index[2 * self.nnz : 3 * self.nnz]
-
-    @property
-    def t_crow(self) -> Tensor:
-        return self.index[3 * self.nnz :]
-
 
 def _check(x: Tensor, features: int, blocks: _Blocks) -> None:
     """Refuse sizes that do not go together: the kernels would read beyond."""

@@ -70,14 +70,7 @@ def sparse_linear(
 
 
 def _linear_reference(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    row_start: Tensor,
-    column: Tensor,
-    column_start: Tensor,
-    row: Tensor,
-    place: Tensor,
+    x: Tensor, values: Tensor, bias: Any, row_start: Tensor, column: Tensor, column_start: Tensor, *by_column: Any
 ) -> Tensor:
     """The same in plain torch, on the dense weight."""
     _check("sparse_linear", x, values, bias, column)
