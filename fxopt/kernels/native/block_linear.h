@@ -17,6 +17,8 @@ struct BlockProduct {
     int64_t outer, inner; // of a block: the outputs, and what is summed over
     bool transposed;      // a block is [outer, inner] and not [inner, outer]
 
+    static constexpr int64_t PIECE = 16; // columns of x that are packed together: a cache line
+
     // Blocks of a row that are multiplied in one go: their panel has to stay in the L2 cache beside the tokens.
     int64_t at_once() const { return std::max<int64_t>(1, 4096 / inner); }
     // Tokens whose inputs, 1 MB, stay in the L2 cache while every row of blocks passes.

@@ -46,4 +46,26 @@ class Scratch {
     void *data_;
 };
 
+// Scratch memory that a thread keeps for its next call: large memory that is freed goes back to the system, and comes
+// again page by page.
+class KeptScratch {
+  public:
+    KeptScratch() = default;
+    ~KeptScratch() { std::free(data_); }
+    KeptScratch(const KeptScratch &) = delete;
+    KeptScratch &operator=(const KeptScratch &) = delete;
+    template <typename T> T *at_least(size_t count) {
+        if (const size_t bytes = (count * sizeof(T) + 63) / 64 * 64; bytes > size_) {
+            std::free(data_);
+            data_ = std::aligned_alloc(64, bytes);
+            size_ = bytes;
+        }
+        return static_cast<T *>(data_);
+    }
+
+  private:
+    void *data_ = nullptr;
+    size_t size_ = 0;
+};
+
 } // namespace fxopt
