@@ -46,26 +46,30 @@ class Scratch {
     void *data_;
 };
 
-// Scratch memory that a thread keeps for its next call: large memory that is freed goes back to the system, and comes
-// again page by page.
-class KeptScratch {
+// Memory that a thread keeps between calls: large memory that is freed goes back to the system and comes again page by
+// page, which costs more than many a product.
+class KeptMemory {
   public:
-    KeptScratch() = default;
-    ~KeptScratch() { std::free(data_); }
-    KeptScratch(const KeptScratch &) = delete;
-    KeptScratch &operator=(const KeptScratch &) = delete;
-    template <typename T> T *at_least(size_t count) {
-        if (const size_t bytes = (count * sizeof(T) + 63) / 64 * 64; bytes > size_) {
+    KeptMemory() = default;
+    ~KeptMemory() { std::free(data_); }
+    KeptMemory(const KeptMemory &) = delete;
+    KeptMemory &operator=(const KeptMemory &) = delete;
+
+    float *get(int64_t floats) {
+        if (floats > size_) {
             std::free(data_);
-            data_ = std::aligned_alloc(64, bytes);
-            size_ = bytes;
+            const size_t bytes = (static_cast<size_t>(floats) * 4 + 4095) / 4096 * 4096;
+            data_ = static_cast<float *>(std::aligned_alloc(4096, bytes));
+            if (data_ == nullptr)
+                std::abort(); // as torch's own threads do; there is no way to raise from here
+            size_ = static_cast<int64_t>(bytes / 4);
         }
-        return static_cast<T *>(data_);
+        return data_;
     }
 
   private:
-    void *data_ = nullptr;
-    size_t size_ = 0;
+    float *data_ = nullptr;
+    int64_t size_ = 0;
 };
 
 } // namespace fxopt

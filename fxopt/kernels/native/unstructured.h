@@ -9,31 +9,6 @@
 
 namespace fxopt {
 
-// Memory that a thread keeps between calls: a fresh panel of half a megabyte costs more in page faults than the product.
-class KeptMemory {
-  public:
-    KeptMemory() = default;
-    ~KeptMemory() { std::free(data_); }
-    KeptMemory(const KeptMemory &) = delete;
-    KeptMemory &operator=(const KeptMemory &) = delete;
-
-    float *get(int64_t floats) {
-        if (floats > size_) {
-            std::free(data_);
-            const size_t bytes = (static_cast<size_t>(floats) * 4 + 4095) / 4096 * 4096;
-            data_ = static_cast<float *>(std::aligned_alloc(4096, bytes));
-            if (data_ == nullptr)
-                std::abort(); // as torch's own threads do; there is no way to raise from here
-            size_ = static_cast<int64_t>(bytes / 4);
-        }
-        return data_;
-    }
-
-  private:
-    float *data_ = nullptr;
-    int64_t size_ = 0;
-};
-
 // What a backward is to compute; the bits of its `wanted`.
 enum Wanted : int { INPUT = 1, VALUES = 2, BIAS = 4 };
 
