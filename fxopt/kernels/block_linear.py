@@ -8,7 +8,8 @@ columns, in rising order. `index` is what follows from the two for the way back 
 Two operators, closed under differentiation: `block_linear`, the product with the weight or with its transpose, and
 `block_gradient`, the gradient with regard to the blocks. On the CPU they run the native library, on CUDA Triton, and
 without either plain torch, row of blocks by row of blocks. The native products sum each output in one fixed order: the
-same to the bit for any number of tokens and threads. Half precision is summed in float32.
+same to the bit for any number of tokens and threads. Half precision is summed in float32; bfloat16 is multiplied as it
+is where the CPU can (AVX-512 with bfloat16), and made float32 first elsewhere.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ LANES = 16
 _POINTER, _INT64, _INT = native.POINTER, native.INT64, native.INT
 _product = native.function("fxopt_block_product", [_POINTER] * 7 + [_INT64] * 5 + [_INT] * 3)
 _gradient = native.function("fxopt_block_gradient", [_POINTER] * 6 + [_INT64] * 6 + [_INT] * 2)
+_product_bfloat16 = native.function("fxopt_block_product_bfloat16", [_POINTER] * 7 + [_INT64] * 5 + [_INT] * 3, True)
+_gradient_bfloat16 = native.function("fxopt_block_gradient_bfloat16", [_POINTER] * 6 + [_INT64] * 6 + [_INT] * 2, True)
 _TOKENS_AT_ONCE = 256  # BlockGradient::TOKENS
 
 
@@ -149,16 +152,28 @@ def _padded(x: Tensor, size: int) -> Tensor:
     return x.contiguous() if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
+def in_bfloat16(data: Tensor) -> bool:
+    """
+    Whether products with these blocks are made of bfloat16 as it is, by AVX-512's instruction for pairs of them. Other
+    half precision is made float32 first.
+    """
+    pairs = data.shape[1] % (2 * LANES) == 0 and data.shape[2] % (2 * LANES) == 0
+    return data.dtype is torch.bfloat16 and pairs and native.multiplies_bfloat16()
+
+
 def _native_product(x: Tensor, blocks: _Blocks, bias: Tensor | None, features: int) -> Tensor:
     kept, width = x.dtype, blocks.rows * blocks.outer
     x, data = _padded(x, blocks.columns * blocks.inner), blocks.data.contiguous()
-    b = bias if bias is None else _padded(bias, width)
-    if kept is not torch.float32:
-        x, data, b = x.float(), data.float(), None if b is None else b.float()
+    b = None if bias is None else _padded(bias, width).float()
+    run = _product
+    if in_bfloat16(data):
+        run = _product_bfloat16
+    else:
+        x, data = x.float(), data.float()
     y = torch.empty(x.shape[0], width, dtype=torch.float32)
     tensors = map(native.address, (x, data, blocks.crow, blocks.col, blocks.place, b, y))
     sizes = (x.shape[0], blocks.rows, blocks.columns, blocks.outer, blocks.inner)
-    _product(*tensors, *sizes, int(not blocks.transposed), *native.call_context())
+    run(*tensors, *sizes, int(not blocks.transposed), *native.call_context())
     return y if width == features and kept is torch.float32 else y[:, :features].contiguous().to(kept)
 
 
@@ -229,14 +244,17 @@ def _block_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tenso
 
 
 def _native_gradient(g: Tensor, x: Tensor, blocks: _Blocks) -> Tensor:
-    kept = x.dtype
-    g = _padded(g, blocks.rows * blocks.outer).float()
-    x = _padded(x, blocks.columns * blocks.inner).float()
+    kept, run = x.dtype, _gradient
+    g, x = _padded(g, blocks.rows * blocks.outer), _padded(x, blocks.columns * blocks.inner)
+    if x.dtype is blocks.data.dtype and in_bfloat16(blocks.data):
+        run = _gradient_bfloat16
+    else:
+        g, x = g.float(), x.float()
     out = torch.empty(blocks.data.shape, dtype=torch.float32)
     scratch = torch.empty(min(x.shape[0], _TOKENS_AT_ONCE) * (g.shape[1] + x.shape[1]))
     tensors = map(native.address, (x, g, blocks.row, blocks.col, out, scratch))
     sizes = (x.shape[0], out.shape[0], blocks.rows, blocks.columns, blocks.outer, blocks.inner)
-    _gradient(*tensors, *sizes, *native.call_context())
+    run(*tensors, *sizes, *native.call_context())
     return out.to(kept)
 
 

@@ -28,6 +28,8 @@ def way(request, monkeypatch):
     if isa > native.library().fxopt_best_isa():
         pytest.skip(f"this CPU has no {request.param}")
     monkeypatch.setattr(native, "call_context", lambda: (isa, torch.get_num_threads()))
+    pairs = isa >= native.ISAS.index("avx512") and bool(native.library().fxopt_multiplies_bfloat16())
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: pairs)
     return request.param
 
 
@@ -130,6 +132,53 @@ def test_native_results_are_the_same_for_any_batch_and_threads(isa, transposed, 
             part = block_linear(x[begin : begin + count], weight.data, None, *weight.where, features, transposed)
             assert torch.equal(part, found[threads][begin : begin + count]), (threads, begin, count)
     assert torch.equal(found[1], found[2]) and torch.equal(found[1], found[5])
+
+
+needs_pairs = pytest.mark.skipif(
+    not native.multiplies_bfloat16(),
+    reason="no kernels that multiply bfloat16 as it is: no such CPU, compiler or library",
+)
+
+
+@needs_pairs
+@pytest.mark.parametrize("tokens", (1, 2, 13, 14, 29, 513, 600))
+@pytest.mark.parametrize("block", ((32, 32), (64, 96)))
+def test_bfloat16_is_multiplied_exactly_and_summed_in_float32(tokens, block):
+    weight = Weight(150, 5000 if tokens == 13 else 170, block, 0.6, torch.bfloat16)
+    assert kernels.in_bfloat16(weight.data)
+    x, b, g = (torch.randn(*s).bfloat16() for s in ((tokens, weight.inputs), (150,), (tokens, 150)))
+    bound = 2**-8  # of one rounding to bfloat16, and what float32 sums lose
+
+    def rounded_once(found, wanted):
+        assert found.dtype is torch.bfloat16
+        assert ((found.double() - wanted).abs() <= bound * wanted.abs() + 2e-5 * wanted.abs().max()).all()
+
+    rounded_once(block_linear(x, weight.data, b, *weight.where, 150), F.linear(x.double(), weight.dense(), b.double()))
+    dx = block_linear(g, weight.data, None, *weight.where, weight.inputs, True)
+    rounded_once(dx, g.double() @ weight.dense())
+    dw = from_dense(g.double().t() @ x.double(), weight.row, weight.col, block)
+    rounded_once(block_gradient(g, x, weight.data, *weight.where), dw)
+
+
+@needs_pairs
+@pytest.mark.parametrize("transposed", (False, True))
+def test_bfloat16_is_the_same_for_any_batch_and_threads(transposed, monkeypatch):
+    weight, isa = Weight(160, 5000, (32, 32), 0.6, torch.bfloat16), native.call_context()[0]
+    features = 5000 if transposed else 160
+    x = torch.randn(301, 160 if transposed else 5000).bfloat16()
+    whole = block_linear(x, weight.data, None, *weight.where, features, transposed)
+    for threads in (1, 5):
+        monkeypatch.setattr(native, "call_context", lambda threads=threads: (isa, threads))
+        for begin, count in ((0, 301), (0, 1), (300, 1), (17, 14), (100, 128)):
+            part = block_linear(x[begin : begin + count], weight.data, None, *weight.where, features, transposed)
+            assert torch.equal(part, whole[begin : begin + count]), (threads, begin, count)
+
+
+@needs_pairs
+def test_an_instruction_set_without_it_makes_float32_of_bfloat16(way):
+    weight, x = Weight(64, 96, (32, 32), 0.6, torch.bfloat16), torch.randn(5, 96).bfloat16()
+    assert kernels.in_bfloat16(weight.data) == (way in ("avx512", "amx") or way == "torch")
+    close(block_linear(x, weight.data, None, *weight.where, 64), x.double() @ weight.dense().t(), 2**-7)
 
 
 def test_native_gradients_are_the_same_for_any_threads(monkeypatch):

@@ -82,9 +82,17 @@ def isa() -> str:
     return asked
 
 
-def function(name: str, arguments: Sequence[Any]) -> Any:
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether there are kernels that multiply bfloat16 as it is: this CPU's AVX-512 can, and FXOPT_ISA lets it."""
+    loaded = library()
+    return loaded is not None and ISAS.index(isa()) >= ISAS.index("avx512") and bool(loaded.fxopt_multiplies_bfloat16())
+
+
+def function(name: str, arguments: Sequence[Any], optional: bool = False) -> Any:
     """
-    The C function ``name`` with ``arguments`` of the types above; None where there is no library.
+    The C function ``name`` with ``arguments`` of the types above; None where there is no library, or where it is
+    ``optional`` and the compiler did not know its instructions.
 
     It releases the GIL while it runs. `FxoptError` if the library that is there has no such function: it is older than
     the Python code.
@@ -95,6 +103,8 @@ def function(name: str, arguments: Sequence[Any]) -> Any:
     try:
         found = getattr(loaded, name)
     except AttributeError:
+        if optional:
+            return None
         raise FxoptError(f"the native library has no {name}: it is out of date; install fxopt again") from None
     found.argtypes, found.restype = list(arguments), None
     return found
