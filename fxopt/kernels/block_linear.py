@@ -251,7 +251,7 @@ def _native_gradient(g: Tensor, x: Tensor, blocks: _Blocks) -> Tensor:
     else:
         g, x = g.float(), x.float()
     out = torch.empty(blocks.data.shape, dtype=torch.float32)
-    scratch = torch.empty(min(x.shape[0], _TOKENS_AT_ONCE) * (g.shape[1] + x.shape[1]))
+    scratch = torch.empty(min(x.shape[0], _TOKENS_AT_ONCE) * (g.shape[1] + x.shape[1]), dtype=torch.float32)
     tensors = map(native.address, (x, g, blocks.row, blocks.col, out, scratch))
     sizes = (x.shape[0], out.shape[0], blocks.rows, blocks.columns, blocks.outer, blocks.inner)
     run(*tensors, *sizes, *native.call_context())
