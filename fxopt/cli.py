@@ -256,7 +256,7 @@ def sparsify(
         float | None,
         typer.Option(help="Instead of blocks: make this share of each weight zeros, wherever they are, such as 0.95."),
     ] = None,
-    block: Annotated[str, typer.Option(help="Rows × columns of a block, such as 32x32.")] = "32x32",
+    block: Annotated[str, typer.Option(help="Rows × columns of a block, such as 32x32; or 2:4.")] = "32x32",
     select: Annotated[
         str, typer.Option(help="magnitude, activation, balanced, existing (lossless), or random(SEED).")
     ] = "magnitude",
@@ -286,7 +286,7 @@ def sparsify(
             raise UsageError(f"{given[0]} was given beside --unstructured; it is for blocks: give one of them")
     if unstructured is not None and not 0 <= unstructured <= 1:
         raise UsageError(f"--unstructured {unstructured} was given; expected a share from 0 to 1, such as 0.95")
-    shape = _numbers(block, "x", "--block", "32x32")
+    shape = block if block == "2:4" else _numbers(block, "x", "--block", "32x32")
     patterns = {}
     if unstructured is None:
         patterns = sparsifying.patterns_of(pattern or (), density or (), block=shape, select=select, rescale=rescale)

@@ -63,7 +63,8 @@ def patterns_of(names: Sequence[str], densities: Sequence[float], **options: Any
     """The patterns of a command line, with one density for all or one for each."""
     if not names:
         raise UsageError("no layer was named; give --pattern REGEX, once or more")
-    if len(densities) not in (1, len(names)) and not (not densities and options.get("select") == "existing"):
+    implied = options.get("select") == "existing" or options.get("block") == "2:4"
+    if len(densities) not in (1, len(names)) and not (not densities and implied):
         raise UsageError(f"{len(densities)} densities were given for {len(names)} patterns; give one, or one for each")
     each = list(densities or [None]) * (1 if len(densities) == len(names) else len(names))  # type: ignore[list-item]
     return {name: {"density": density, **options} for name, density in zip(names, each, strict=True)}

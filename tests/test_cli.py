@@ -325,6 +325,18 @@ def test_sparsify_unstructured_is_saved_and_undone(fxopt_, tmp_path):
         assert code == 0 and f"undone: {name}(" in out, err
 
 
+def test_sparsify_keeps_two_of_four_where_asked_to(fxopt_, tmp_path):
+    table, some = tmp_path / "table.json", ("sparsify", "bert-base-tiny", "--block", "2:4", "--no-benchmark")
+    forced = ("--pattern", r".*[0-9]\.output\.dense", "--guard", "off", "--json", table)
+    code, out, err = fxopt_(*some, *forced, "--save", tmp_path / "sparse")
+    assert code == 0 and "2 are 2:4" in out and "2 of 4" in out, err
+    assert [layer["decision"] for layer in json.loads(table.read_text())[0]["layers"]] == ["2:4", "2:4"]
+    code, out, err = fxopt_("undo", tmp_path / "sparse", "BlockSparsify")
+    assert code == 0 and "undone: BlockSparsify(" in out, err
+    code, _, err = fxopt_(*some, "--pattern", r".*intermediate\.dense")
+    assert code == 2 and "expected multiples of 32 and 64 for 2:4" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

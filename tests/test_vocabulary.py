@@ -14,7 +14,7 @@ from fxopt import models, ops, vocabulary
 from fxopt.capture import capture
 from fxopt.inputs import example_inputs
 from fxopt.ops import VOCABULARY, Attr, Op
-from fxopt.sparse import BlockSparseLinear, SparseConv2d, SparseLinear
+from fxopt.sparse import BlockSparseLinear, SemiStructuredLinear, SparseConv2d, SparseLinear
 from fxopt.text import show
 from tests.rewriting import trace
 
@@ -192,11 +192,14 @@ def some_zeros(layer):
 
 
 BLOCKS = BlockSparseLinear.from_dense(nn.Linear(32, 16), 0.5, block_shape=(16, 16)).eval()
+PAIRS = SemiStructuredLinear.from_dense(nn.Linear(64, 32)).eval()
 LINEAR = SparseLinear.from_dense(some_zeros(nn.Linear(4, 5)))
 CONVOLUTION = SparseConv2d.from_dense(some_zeros(nn.Conv2d(4, 6, 3, padding=1, groups=2)))
 EXAMPLES |= {
     "block_linear": [{"x": f(3, 32), "data": BLOCKS.data.detach(), "bias": f(16), "crow": BLOCKS.crow,
                       "col": BLOCKS.col, "index": BLOCKS.index, "features": 16}],
+    "semi_structured_linear": [{"x": f(3, 64), "values": PAIRS.values.detach(), "bias": f(32),
+                                "metadata": PAIRS.metadata}],
     "sparse_linear": [{"x": X, "values": LINEAR.values.detach(), "bias": f(5), **LINEAR.pattern._asdict()}],
     "sparse_conv2d": [{"x": f(2, 4, 7, 7), "values": CONVOLUTION.values.detach(), "bias": f(6),
                        **CONVOLUTION.pattern._asdict(), "kernel_size": (3, 3), "stride": (1, 1),

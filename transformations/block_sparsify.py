@@ -17,14 +17,15 @@ from fxopt import vocabulary as ops
 from fxopt.delta import Delta, graphs
 from fxopt.errors import Conflict, UsageError
 from fxopt.history import Edited
+from fxopt.kernels import semi_structured
 from fxopt.kernels.block_linear import to_dense
 from fxopt.ops import Attr
 from fxopt.pattern import Constant, Match, Miss
 from fxopt.snapshot import graph_of, node_key, path_in
-from fxopt.sparse.block_linear import BlockSparseLinear
 from fxopt.sparse.block_patcher import call
 from fxopt.sparse.block_plan import Plan, Planner, Spec, check_all_matched, matching, rows_of, specified
-from fxopt.sparse.block_report import SparsifyReport
+from fxopt.sparse.block_report import PAIRS, SparsifyReport
+from fxopt.sparse.sparsified_linear import SparsifiedLinear
 from fxopt.transformation import ReversibleTransformation, Site, erase, exact, register, set_submodule
 from fxopt.transformations._constants import path_of, unfit
 
@@ -37,13 +38,17 @@ _mode: ContextVar[Mode | None] = ContextVar("mode", default=None)
 class BlockSparsify(ReversibleTransformation):
     """
     linear(x, w, b)  ->  block_linear(x, blocks of w, b)
+    linear(x, w, b)  ->  semi_structured_linear(x, two of each four of w, b)
 
     Changes what is computed, except with "existing", which keeps every block that is not zero.  `patterns` says which
     layers and how: {pattern: density or Spec(density, block, select, rescale)}; a pattern is a regular expression that
     the whole path of a layer matches, or a predicate of the path and the weight.  Also ``addmm`` with a weight (in,
-    out).  Layers with one weight are changed together and stay tied.
+    out).  Layers with one weight are changed together and stay tied.  A block of "2:4" is two of every four weights.
 
-    `guard`: "auto" leaves a layer dense that is timed to be no faster at one of `tokens` rows; "off" forces.
+    `guard`: "auto" leaves a layer dense that is timed to be no faster at one of `tokens` rows; "off" forces.  On a GPU
+    whose sparse tensor cores take the layer (`fxopt.kernels.semi_structured`), "auto" times 2:4 too, where that drops
+    no more than was asked for (a density up to 0.5 by "magnitude" or "activation"; a weight that is 2:4, with
+    "existing"), and keeps the fastest: of what is faster at all of `tokens`, that with the best geometric mean.
     `inputs`: typical inputs of the graph module, for "activation", `rescale` and the errors that `plan` tells.
     """
 
@@ -88,11 +93,15 @@ class BlockSparsify(ReversibleTransformation):
         This transformation with what `guard` decides for ``gm`` written down: it does the same in every process, where
         timing anew might not, so a result that it made can be saved.
         """
-        kept = [layer.path for layer in self.plan(gm).changed]
+        kept = {layer.path: layer.decision for layer in self.plan(gm).changed}
         named = {path: matching(self._specs, [path], torch.empty(0)) for path in kept}
-        patterns = tuple((_literally(p), *self.patterns[i][1:]) for p, i in named.items() if i is not None)
+        patterns = tuple((_literally(p), *self._settled(i, kept[p])) for p, i in named.items() if i is not None)
         needed = any(select == "activation" or rescale for *_, select, rescale in patterns)
         return BlockSparsify(patterns, self.inputs if needed else None, "off", self.tokens)
+
+    def _settled(self, index: int, decision: str) -> tuple[Any, ...]:
+        density, block, select, rescale = self.patterns[index][1:]
+        return (None, PAIRS, select, rescale) if decision == PAIRS else (density, block, select, rescale)
 
     def misses(self, gm: GraphModule) -> Iterator[Miss]:
         """The linear layers that stay dense, each with the reason."""
@@ -134,7 +143,7 @@ class BlockSparsify(ReversibleTransformation):
             _mode.reset(token)
 
     def carry(self, gm: GraphModule, rewrite: Delta) -> Mapping[str, Tensor] | None:
-        """The weight with the trained blocks, as `reverse` was asked for; None where it was not."""
+        """The weight with what was trained, as `reverse` was asked for; None where it was not."""
         mode = _mode.get()
         return None if mode is None else dict(_carried(gm, rewrite, mode))
 
@@ -251,23 +260,22 @@ def _shared(gm: GraphModule, group: Sequence[_Layer]) -> str | None:
     return None
 
 
-def _apply(gm: GraphModule, group: Sequence[_Layer], layer: BlockSparseLinear) -> None:
+def _apply(gm: GraphModule, group: Sequence[_Layer], layer: SparsifiedLinear) -> None:
     if group[0].dialect == "module":
         _apply_modules(gm, group, layer)
         return
     base = path_of(group[0].weight)
     owner = base.removesuffix(".weight") if base.endswith(".weight") else f"{base}_blocks"
-    names = ("data", "crow", "col", "index")
     first = _site(gm, group[0])
-    paths = [first.free(f"{owner}.{name}".lstrip(".")) for name in names]
-    for name, path in zip(names, paths, strict=True):
-        register(gm, path, getattr(layer, name), persistent=name != "index")
+    paths = [first.free(f"{owner}.{name}".lstrip(".")) for name in layer.TENSORS]
+    for name, path in zip(layer.TENSORS, paths, strict=True):
+        register(gm, path, getattr(layer, name), persistent=name not in layer._non_persistent_buffers_set)
     for one in group:  # the node stays, so that layers which follow each other are rewrites of their own
         site, node = _site(gm, one), one.node
         with gm.graph.inserting_before(node):
-            data, crow, col, index = (site.read(Attr(path)) for path in paths)
-        node.op, node.target = "call_function", torch.ops.fxopt.block_linear.default
-        node.args, node.kwargs = (one.x, data, one.bias, crow, col, index, layer.out_features), {}
+            tensors = [site.read(Attr(path)) for path in paths]
+        node.op, node.target = "call_function", layer.OPERATOR
+        node.args, node.kwargs = layer.operands(one.x, one.bias, tensors), {}
         if isinstance(one.weight, Node) and not one.weight.users:
             erase(gm, [one.weight])
 
@@ -276,18 +284,15 @@ def _site(gm: GraphModule, layer: _Layer) -> Site:
     return Site(gm, Match(layer.node, layer.dialect, [layer.node]))
 
 
-def _apply_modules(gm: GraphModule, group: Sequence[_Layer], layer: BlockSparseLinear) -> None:
+def _apply_modules(gm: GraphModule, group: Sequence[_Layer], layer: SparsifiedLinear) -> None:
     """Modules stay modules, at the same paths; those that are one module stay one."""
-    done: dict[int, BlockSparseLinear] = {}
+    done: dict[int, SparsifiedLinear] = {}
     for one in group:
         path = str(one.node.target)
         module = mechanism.submodule(gm, path)
         assert module is not None
-        if not isinstance(module, BlockSparseLinear):
-            new = copy.copy(layer)
-            new._parameters = {"data": layer.data, "bias": one.held_bias}  # the blocks are one, each has its own bias
-            new.training = module.training
-            new = done.setdefault(id(module), new)
+        if not isinstance(module, SparsifiedLinear):
+            new = done.setdefault(id(module), layer.tied(one.held_bias).train(module.training))
             for tied in [p for p, m in gm.named_modules(remove_duplicate=False) if m is module]:
                 set_submodule(gm, tied, new)
 
@@ -300,7 +305,7 @@ def _carried(gm: GraphModule, rewrite: Delta, mode: Mode) -> Iterator[tuple[str,
     for path, (former, made) in tensors.items():
         owner = path.rpartition(".")[0]
         weights = [p for p in gone if owner in (p.removesuffix(".weight"), f"{p}_blocks")]
-        if former is not None or not isinstance(made, Tensor) or made.dim() != 3 or not weights:
+        if former is not None or not isinstance(made, nn.Parameter) or not weights:
             continue
         old = weights[0]
         value = _edited(gm, path, gone[old].t() if old in turned else gone[old], mode)
@@ -318,20 +323,27 @@ def _read_turned(rewrite: Delta) -> Iterator[str]:
 
 @torch.no_grad()
 def _edited(gm: GraphModule, path: str, weight: Tensor, mode: Mode) -> Tensor:
-    """What `weight` (out, in) is by the blocks at ``path``: zero elsewhere, or as it was."""
-    data, crow, col, index = (_sibling(gm, path, name) for name in ("data", "crow", "col", "index"))
+    """What `weight` (out, in) is by what is at ``path``: zero elsewhere, or as it was."""
+    now, kept = _whole(gm, path)
+    rows, columns = weight.shape
+    now, kept = now[:rows, :columns], kept[:rows, :columns]
+    return now if mode == "zeros" else torch.where(kept != 0, now, weight.detach())
+
+
+def _whole(gm: GraphModule, path: str) -> tuple[Tensor, Tensor]:
+    """The weight whose parameter is at ``path``, and ones where it has elements; with the padding of its blocks."""
+    if path.rpartition(".")[2].startswith("values"):
+        values, metadata = (_sibling(gm, path, "values", name) for name in ("values", "metadata"))
+        return semi_structured.to_dense(values, metadata), semi_structured.to_dense(torch.ones_like(values), metadata)
+    data, crow, col, index = (_sibling(gm, path, "data", name) for name in ("data", "crow", "col", "index"))
     grid, row = (crow.numel() - 1, index.numel() - 3 * data.shape[0] - 1), index[: data.shape[0]]
-    now = to_dense(data, row, col, grid)[: weight.shape[0], : weight.shape[1]]
-    if mode == "zeros":
-        return now
-    kept = to_dense(torch.ones_like(data), row, col, grid)[: weight.shape[0], : weight.shape[1]] != 0
-    return torch.where(kept, now, weight.detach())
+    return to_dense(data, row, col, grid), to_dense(torch.ones_like(data), row, col, grid)
 
 
-def _sibling(gm: GraphModule, path: str, name: str) -> Tensor:
-    """What stands beside `data`, under the same suffix."""
+def _sibling(gm: GraphModule, path: str, first: str, name: str) -> Tensor:
+    """What stands beside `first`, under the same suffix."""
     owner, _, last = path.rpartition(".")
-    found = mechanism.constant(gm, Attr(f"{owner}.{last.replace('data', name, 1)}".lstrip(".")))
+    found = mechanism.constant(gm, Attr(f"{owner}.{last.replace(first, name, 1)}".lstrip(".")))
     assert found is not None
     return found
 

@@ -12,6 +12,7 @@ from fxopt.kernels.linear import linear_gelu, linear_relu
 from fxopt.kernels.normalization import add_layer_norm, add_layer_norm_sum, layer_norm_linear_layer_norm, rms_norm
 from fxopt.kernels.packed import packed_conv2d as packed_conv2d  # PackWeights knows where these two pay
 from fxopt.kernels.packed import packed_linear as packed_linear
+from fxopt.kernels.semi_structured import semi_structured_linear as semi_structured_linear  # as block_linear
 from fxopt.kernels.unstructured import sparse_conv2d as sparse_conv2d  # SwapSparse measures whether these two pay
 from fxopt.kernels.unstructured import sparse_linear as sparse_linear
 

@@ -11,6 +11,7 @@ from fxopt.sparse.block_report import LayerReport, SparsifyReport
 from fxopt.sparse.block_select import kept_blocks
 from fxopt.sparse.measure import Layer, SwapReport
 from fxopt.sparse.pruning import CubicSchedule, Pruner, magnitude_masks, n_m_mask
+from fxopt.sparse.semi_structured import SemiStructuredLinear, kept_pairs
 from fxopt.sparse.swap import sparsify_conv2d_auto, sparsify_if_faster, swap, swap_modules_with_sparse
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Layer",
     "LayerReport",
     "Pruner",
+    "SemiStructuredLinear",
     "SparseConv2d",
     "SparseLinear",
     "SparsifyReport",
@@ -28,6 +30,7 @@ __all__ = [
     "SwapReport",
     "following",
     "kept_blocks",
+    "kept_pairs",
     "magnitude_masks",
     "n_m_mask",
     "sparsify_conv2d_auto",

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fxopt.errors import UsageError
 from fxopt.kernels.block_linear import block_linear, block_view, from_dense, to_dense, transposed_index
 from fxopt.sparse.block_select import Select, count, dense_weight, kept_blocks
+from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
 Grid = tuple[int, int]
 
 
-class BlockSparseLinear(nn.Module):
+class BlockSparseLinear(SparsifiedLinear):
     """
     y = x @ weightᵀ + bias, where only some blocks of weight (out, in) are there: (…, in) -> (…, out).
 
@@ -29,10 +30,12 @@ class BlockSparseLinear(nn.Module):
     `torch.nn.Linear` draws them for the inputs that an output has. float32, bfloat16, float16 and float64.
     """
 
+    TENSORS = ("data", "crow", "col", "index")
+    OPERATOR = torch.ops.fxopt.block_linear.default
+
     crow: Tensor
     col: Tensor
     index: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -111,19 +114,8 @@ class BlockSparseLinear(nn.Module):
         return layer.train(linear.training)
 
     @torch.no_grad()
-    def rescale(self, weight: Tensor, inputs: Tensor | None = None) -> None:
-        """
-        Scale each output, so that it comes closest to that of the dense `weight` on `inputs` (by least squares), or,
-        without inputs, so that its weights have the norm that they had.
-        """
-        kept = self.dense()
-        if inputs is None:
-            factor = weight.norm(dim=1) / kept.norm(dim=1)
-        else:
-            x = inputs.reshape(-1, self.in_features).to(weight)
-            wanted, found = x @ weight.t(), x @ kept.t()
-            factor = (wanted * found).sum(0) / found.square().sum(0)
-        factor = torch.where(factor.isfinite(), factor, torch.ones_like(factor))
+    def scale(self, factor: Tensor) -> None:
+        """Multiply each output by its `factor` (out,)."""
         padded = nn.functional.pad(factor, (0, self._grid[0] * self.block_shape[0] - self.out_features), value=1.0)
         rows = self.index[: self.data.shape[0]].long()
         self.data.mul_(padded.view(-1, self.block_shape[0])[rows].unsqueeze(2))
@@ -144,24 +136,16 @@ class BlockSparseLinear(nn.Module):
         found[self.index[: self.data.shape[0]].long(), self.col.long()] = True
         return found
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight (out, in) with its zeros, computed anew each time; differentiable."""
-        return self.dense()
-
     def dense(self, data: Tensor | None = None) -> Tensor:
         """`data`, or else the layer's own blocks, as a matrix (out, in)."""
         data = self.data if data is None else data
         whole = to_dense(data, self.index[: data.shape[0]], self.col, self._grid)
         return whole[: self.out_features, : self.in_features]
 
-    def to_dense(self) -> nn.Linear:
-        """A dense layer that computes the same, with a weight of its own and this layer's bias."""
-        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        weight = self.dense().detach().contiguous().clone()
-        layer.weight = nn.Parameter(weight, requires_grad=self.data.requires_grad)
-        layer.register_parameter("bias", self.bias)
-        return layer.train(self.training)
+    def operands(self, x: Any, bias: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments of `block_linear`."""
+        data, *where = tensors
+        return x, data, bias, *where, self.out_features
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

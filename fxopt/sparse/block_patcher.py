@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxopt.errors import Conflict, UsageError
-from fxopt.sparse.block_linear import BlockSparseLinear
 from fxopt.sparse.block_optimizer import following
-from fxopt.sparse.block_plan import CALIBRATION_ROWS, Plan, Planner, Spec, matching, rows_of, specified
-from fxopt.sparse.block_report import LayerReport, SparsifyReport
+from fxopt.sparse.block_plan import CALIBRATION_ROWS, Plan, Planner, Spec, matching, pieces, rows_of, specified
+from fxopt.sparse.block_report import DENSE, LayerReport, SparsifyReport
 from fxopt.sparse.block_select import dense_weight
+from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
 Mode = Literal["zeros", "merge"]
 
@@ -37,7 +37,7 @@ class _Patched:
 
     paths: tuple[str, ...]
     original: nn.Module
-    layer: BlockSparseLinear
+    layer: SparsifiedLinear
     versions: tuple[int, ...]
 
 
@@ -63,7 +63,8 @@ class BlockSparseModelPatcher:
         Say how the layers whose whole path matches `pattern` are made block-sparse; the first that matches counts.
 
         `pattern`: a regular expression, or a predicate of the path and the weight (out, in). `spec`: a density in
-        (0, 1], a mapping with density, block, select and rescale, or a `Spec`. Returns the patcher.
+        (0, 1], a mapping with density, block ("2:4" for two of every four weights), select and rescale, or a `Spec`.
+        Returns the patcher.
         """
         self._patterns += specified(((pattern, spec),))
         return self
@@ -74,7 +75,8 @@ class BlockSparseModelPatcher:
 
     def patch_model(self, model: nn.Module, inputs: Any = None, optimizer: Optimizer | None = None) -> SparsifyReport:
         """
-        Replace what the patterns name in `model` by `BlockSparseLinear`, all of it or nothing, and return the table.
+        Replace what the patterns name in `model`, all of it or nothing, and return the table: by `BlockSparseLinear`,
+        or by `SemiStructuredLinear` where 2:4 was asked for, or `guard` finds it faster and no sparser than asked for.
 
         `inputs`: example inputs of the model (a tensor, a tuple, a mapping, or a list of these), to calibrate by and to
         tell the error of each layer. `optimizer` goes along with the parameters. `UsageError` for a pattern that
@@ -186,9 +188,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def _left(path: str, weight: Tensor, spec: Spec, reason: str) -> LayerReport:
     size, shape = weight.numel() * weight.element_size(), (weight.shape[0], weight.shape[1])
-    rows, columns = -(-shape[0] // spec.block[0]), -(-shape[1] // spec.block[1])
-    blocks = rows * columns
-    return LayerReport(path, shape, spec.block, blocks, blocks, 1.0, None, size, size, {}, "dense", reason)
+    blocks = pieces(shape, spec.block)
+    return LayerReport(path, shape, spec.block, blocks, blocks, 1.0, None, size, size, {}, DENSE, reason)
 
 
 def _put(model: nn.Module, group: Sequence[_Layer], plan: Plan) -> list[_Patched]:
@@ -198,8 +199,7 @@ def _put(model: nn.Module, group: Sequence[_Layer], plan: Plan) -> list[_Patched
         new = plan.layer
         if layer is not group[0]:
             _, bias = dense_weight(layer.module)
-            new = BlockSparseLinear.of(plan.layer.dense(), bias, plan.layer.mask, plan.layer.block_shape)
-            new.data, new.crow, new.col, new.index = (getattr(plan.layer, n) for n in ("data", "crow", "col", "index"))
+            new = plan.layer.tied(bias)
         new.training = layer.module.training
         for path in layer.paths:
             _set(model, path, new)
@@ -225,18 +225,16 @@ def _restore(model: nn.Module, patched: Sequence[_Patched], mode: Mode | None) -
 
 
 @torch.no_grad()
-def edited_weight(original: Tensor, layer: BlockSparseLinear, mode: Mode) -> Tensor:
-    """The weight (out, in) after its blocks were trained: zero elsewhere ("zeros"), or as it was ("merge")."""
+def edited_weight(original: Tensor, layer: SparsifiedLinear, mode: Mode) -> Tensor:
+    """The weight (out, in) after what is kept was trained: zero elsewhere ("zeros"), or as it was ("merge")."""
     now = layer.dense().detach()
     if mode == "zeros":
         return now.contiguous().clone()
-    bo, bi = layer.block_shape
-    kept = layer.mask.repeat_interleave(bo, 0).repeat_interleave(bi, 1)
-    return torch.where(kept[: layer.out_features, : layer.in_features], now, original.detach().to(now))
+    return torch.where(layer.kept, now, original.detach().to(now))
 
 
-def _versions(layer: BlockSparseLinear) -> tuple[int, ...]:
-    return (id(layer.data), layer.data._version, layer.crow._version, layer.col._version)
+def _versions(layer: SparsifiedLinear) -> tuple[int, ...]:
+    return (id(layer.tensors[0]), *(tensor._version for tensor in layer.tensors))
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxopt.benchmark import benchmark
+from fxopt.benchmark import benchmark_many
 from fxopt.errors import UsageError
-from fxopt.sparse.block_linear import BlockSparseLinear, checked_block
-from fxopt.sparse.block_report import LayerReport
-from fxopt.sparse.block_select import Select, block_energy, check_select, count, kept_blocks
+from fxopt.kernels.semi_structured import accelerated
+from fxopt.sparse.block_linear import BlockSparseLinear, checked_block, grid
+from fxopt.sparse.block_report import BLOCKS, DENSE, PAIRS, LayerReport, Timing
+from fxopt.sparse.block_select import Select, check_select, count, kept_blocks
+from fxopt.sparse.semi_structured import SELECTS, SemiStructuredLinear, has_pairs, kept_pairs
+from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
 Pattern = str | Callable[[str, Tensor], bool]
 """A regular expression that the whole path of a layer matches, or a predicate of the path and the weight (out, in)."""
@@ -27,20 +31,39 @@ GUARDS = ("auto", "off")
 
 @dataclass(frozen=True)
 class Spec:
-    """How a layer is made block-sparse: see `fxopt.sparse.kept_blocks` and `BlockSparseLinear.from_dense`."""
+    """
+    How a layer is made block-sparse: see `fxopt.sparse.kept_blocks` and `BlockSparseLinear.from_dense`.
+
+    `block` may be "2:4", two of every four weights: see `fxopt.sparse.kept_pairs`; `density` is left out then.
+    """
 
     density: float | None = None
-    block: tuple[int, int] = (32, 32)
+    block: tuple[int, int] | str = (32, 32)
     select: Select = "magnitude"
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block", checked_block(self.block))
         check_select(self.select)
+        if self.block == PAIRS:
+            if self.density not in (None, 0.5) or not isinstance(self.select, str) or self.select not in SELECTS:
+                raise UsageError(f'block="2:4" keeps 0.5 by {", ".join(SELECTS)}; leave density out, and select so')
+            return
+        object.__setattr__(self, "block", checked_block(self.block))  # type: ignore[arg-type]
         if self.density is not None:
             count(self.density, 1)
         elif self.select in ("magnitude", "activation", "balanced") or str(self.select).startswith("random"):
             raise UsageError(f"select={self.select!r} needs a density, a number in (0, 1]")
+
+    def offers_pairs(self, weight: Tensor) -> bool:
+        """
+        Whether 2:4 is no less than what was asked for: no weight more is dropped than by blocks, where they are chosen
+        by what they are worth, and none that is not zero with "existing".
+        """
+        if not isinstance(self.select, str):
+            return False
+        if self.select == "existing":
+            return has_pairs(weight)
+        return self.select in SELECTS and self.density is not None and self.density <= 0.5
 
     @classmethod
     def of(cls, value: Any) -> Spec:
@@ -116,22 +139,28 @@ class Plan:
     """One layer, as it would be: made of copies, nothing is changed yet."""
 
     path: str
-    layer: BlockSparseLinear
+    layer: SparsifiedLinear
     report: LayerReport
 
     @property
     def kept(self) -> bool:
-        """Whether the layer becomes block-sparse."""
-        return self.report.decision == "block-sparse"
+        """Whether the layer becomes block-sparse or 2:4."""
+        return self.report.decision != DENSE
 
 
 @dataclass
 class Planner:
-    """Plans layers; times alike layers once."""
+    """
+    Plans layers; times alike layers once.
+
+    With `guard` "auto" a layer becomes what is faster than dense at each of the numbers of `tokens`, and of that the
+    fastest in the geometric mean over them: block-sparse as asked for, or, where that is no less than was asked for
+    (`Spec.offers_pairs`) and a GPU has it, 2:4.
+    """
 
     guard: str = "auto"
     tokens: tuple[int, ...] = (128,)
-    _timed: dict[Any, dict[int, float]] = field(default_factory=dict)
+    _timed: dict[Any, dict[str, dict[int, Timing]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.guard not in GUARDS:
@@ -143,69 +172,105 @@ class Planner:
     def plan(self, path: str, weight: Tensor, bias: nn.Parameter | None, spec: Spec, inputs: Tensor | None) -> Plan:
         """What becomes of the layer `weight` (out, in), `bias`, by `spec`; `inputs` (rows, in) are its calibration."""
         try:
-            mask = kept_blocks(weight, spec.block, spec.density, spec.select, inputs)
+            contenders = self._contenders(weight, bias, spec, inputs)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
-        layer = BlockSparseLinear.of(weight, bias, mask, spec.block)
-        if spec.rescale:
-            layer.rescale(weight, inputs)
-        speed = self._speed(weight, bias, layer, spec) if self.guard == "auto" else {}
-        slower = {t: r for t, r in speed.items() if r <= 1}
-        reason = ""
-        if slower:
-            worst = min(slower, key=slower.__getitem__)
-            reason = f"no faster block-sparse ({slower[worst]:.2f} × at {worst} tokens)"
-        return Plan(path, layer, _report(path, weight, layer, mask, inputs, speed, reason))
+        asked = next(iter(contenders))
+        timings = self._timings(weight, bias, contenders) if self.guard == "auto" else {}
+        decision, reason = _decided(timings) if timings else (asked, "")
+        layer = contenders.get(decision, contenders[asked])
+        return Plan(path, layer, _report(path, weight, layer, inputs, timings, decision, reason))
 
-    def _speed(self, weight: Tensor, bias: Tensor | None, layer: BlockSparseLinear, spec: Spec) -> dict[int, float]:
-        kept, shape = layer.data.shape, tuple(weight.shape)
-        key = (shape, kept, weight.dtype, weight.device, bias is None, torch.get_num_threads(), tuple(self.tokens))
+    def _contenders(
+        self, weight: Tensor, bias: nn.Parameter | None, spec: Spec, inputs: Tensor | None
+    ) -> dict[str, SparsifiedLinear]:
+        """What the layer may become, beside dense; what was asked for first."""
+        found: dict[str, SparsifiedLinear] = {}
+        if isinstance(spec.block, tuple):
+            mask = kept_blocks(weight, spec.block, spec.density, spec.select, inputs)
+            found[BLOCKS] = BlockSparseLinear.of(weight, bias, mask, spec.block)
+        if spec.block == PAIRS or (self.guard == "auto" and accelerated(weight) and spec.offers_pairs(weight)):
+            found[PAIRS] = SemiStructuredLinear.of(weight, bias, kept_pairs(weight, spec.select, inputs))
+        for layer in found.values() if spec.rescale else ():
+            layer.rescale(weight, inputs)
+        return found
+
+    def _timings(
+        self, weight: Tensor, bias: Tensor | None, contenders: Mapping[str, SparsifiedLinear]
+    ) -> dict[str, dict[int, Timing]]:
+        shape, parts = tuple(weight.shape), tuple((n, tuple(c.tensors[0].shape)) for n, c in contenders.items())
+        key = (shape, parts, weight.dtype, weight.device, bias is None, torch.get_num_threads(), tuple(self.tokens))
         if key not in self._timed:
             dense = nn.Linear(shape[1], shape[0], bias=bias is not None, device="meta")
             dense.weight = nn.Parameter(weight.detach(), requires_grad=False)
             dense.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
-            self._timed[key] = {t: _ratio(dense, layer, t) for t in self.tokens}
+            self._timed[key] = timed({DENSE: dense, **contenders}, weight, self.tokens)
         return self._timed[key]
 
 
-def _ratio(dense: nn.Module, sparse: BlockSparseLinear, tokens: int) -> float:
-    """How many times as fast the sparse layer is, in interleaved rounds without gradients."""
-    x = torch.randn(tokens, sparse.in_features, generator=torch.Generator().manual_seed(0))
-    x = x.to(sparse.data.device, sparse.data.dtype)
-    with torch.no_grad():
-        found = benchmark(dense, sparse, (x,), rounds=25, warmup=2, max_time=0.5, precision=0.02, memory=False)
-    return 1 / found.ratio
+def timed(contenders: Mapping[str, nn.Module], weight: Tensor, tokens: Sequence[int]) -> dict[str, dict[int, Timing]]:
+    """Time layers in the place of one with `weight` (out, in), in interleaved rounds without gradients."""
+    found: dict[str, dict[int, Timing]] = {name: {} for name in contenders}
+    for rows in tokens:
+        x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+        options: dict[str, Any] = {"rounds": 25, "warmup": 2, "max_time": 0.5, "precision": 0.02, "memory": False}
+        with torch.no_grad():
+            compared = benchmark_many(contenders, (x,), baseline=DENSE, **options)
+        found[DENSE][rows] = Timing(compared.baseline.median, 1.0)
+        for one in compared:
+            found[one.b.name][rows] = Timing(one.b.median, 1 / one.ratio)
+    return found
+
+
+def _decided(timings: Mapping[str, Mapping[int, Timing]]) -> tuple[str, str]:
+    """What a layer becomes by its timings, and why it stays dense."""
+    speeds = {name: {t: x.speed for t, x in found.items()} for name, found in timings.items() if name != DENSE}
+    faster = {name: statistics.geometric_mean(s.values()) for name, s in speeds.items() if min(s.values()) > 1}
+    if faster:
+        return max(faster, key=faster.__getitem__), ""
+    worst = {name: min(s, key=s.__getitem__) for name, s in speeds.items()}
+    lost = " or ".join(f"{name} ({speeds[name][t]:.2f} × at {t} tokens)" for name, t in worst.items())
+    return DENSE, f"no faster {lost}"
 
 
 def _report(
     path: str,
     weight: Tensor,
-    layer: BlockSparseLinear,
-    mask: Tensor,
+    layer: SparsifiedLinear,
     inputs: Tensor | None,
-    speed: dict[int, float],
+    timings: Mapping[str, Mapping[int, Timing]],
+    decision: str,
     reason: str,
 ) -> LayerReport:
-    energy = block_energy(weight, layer.block_shape)
-    total = float(energy.sum())
+    squares = weight.detach().double().square()
+    total = float(squares.sum())
+    shape = (layer.out_features, layer.in_features)
+    block: tuple[int, int] | str = layer.block_shape if isinstance(layer, BlockSparseLinear) else PAIRS
+    values = layer.tensors[0]
     return LayerReport(
         path=path,
-        shape=(layer.out_features, layer.in_features),
-        block=layer.block_shape,
-        kept=int(mask.sum()),
-        blocks=mask.numel(),
-        energy=float(energy[mask].sum()) / total if total else 1.0,
+        shape=shape,
+        block=block,
+        kept=values.shape[0] if isinstance(layer, BlockSparseLinear) else values.numel(),
+        blocks=pieces(shape, block),
+        energy=float(squares[layer.kept].sum()) / total if total else 1.0,
         error=None if inputs is None else output_error(weight, layer, inputs),
         bytes_before=weight.numel() * weight.element_size(),
-        bytes_after=sum(t.numel() * t.element_size() for t in (layer.data, layer.crow, layer.col, layer.index)),
-        speed=speed,
-        decision="dense" if reason else "block-sparse",
+        bytes_after=sum(t.numel() * t.element_size() for t in layer.tensors),
+        timings=timings,
+        decision=decision,
         reason=reason,
     )
 
 
+def pieces(shape: tuple[int, int], block: tuple[int, int] | str) -> int:
+    """In how many pieces a weight (out, in) is cut: blocks, or for 2:4 its weights."""
+    rows, columns = grid(*shape, block) if isinstance(block, tuple) else shape
+    return rows * columns
+
+
 @torch.no_grad()
-def output_error(weight: Tensor, layer: BlockSparseLinear, inputs: Tensor) -> float:
+def output_error(weight: Tensor, layer: SparsifiedLinear, inputs: Tensor) -> float:
     """|x wᵀ - x sᵀ| / |x wᵀ| over `inputs` (rows, in), without the bias, in float64."""
     x, w = inputs.to(weight.device).double(), weight.detach().double()
     wanted = x @ w.t()

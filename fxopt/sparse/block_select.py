@@ -49,7 +49,7 @@ def kept_blocks(
     if name == "random":
         order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))
         return _chosen(order[:keep], rows, columns).to(weight.device)
-    energy = block_energy(weight, block, _moments(weight, inputs) if name == "activation" else None)
+    energy = block_energy(weight, block, moments(weight, inputs) if name == "activation" else None)
     if name == "balanced":
         best = energy.argsort(dim=1, descending=True, stable=True)[:, : count(density, columns)]
         return torch.zeros_like(energy, dtype=torch.bool).scatter_(1, best, True)
@@ -103,7 +103,8 @@ def _chosen(flat: Tensor, rows: int, columns: int) -> Tensor:
     return mask.view(rows, columns)
 
 
-def _moments(weight: Tensor, inputs: Tensor | None) -> Tensor:
+def moments(weight: Tensor, inputs: Tensor | None) -> Tensor:
+    """The mean square of each of the inputs (…, in) of `weight` (out, in), float64; `UsageError` without such."""
     if inputs is None:
         raise UsageError(
             'select="activation" needs inputs of the layer; give calibration inputs, or select="magnitude"'

@@ -71,6 +71,10 @@ def layer_norm_linear_layer_norm(
 def block_linear(x, data, bias, crow, col, index, features, transposed=False): ...
 
 
+@op(fused.semi_structured_linear.default)
+def semi_structured_linear(x, values, bias, metadata): ...
+
+
 @op(fused.packed_linear.default)
 def packed_linear(x, weight, bias=None, activation="none", transposed=False, min_rows=0, max_rows=0): ...
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from fxopt.sparse import BlockSparseLinear, SparseConv2d, SparseLinear
+from fxopt.sparse import BlockSparseLinear, SemiStructuredLinear, SparseConv2d, SparseLinear
 
 
 def emptied(layer, share=0.8):
@@ -17,6 +17,11 @@ def emptied(layer, share=0.8):
 def blocks():
     sparse = BlockSparseLinear.from_dense(nn.Linear(30, 40), 0.5, block_shape=(16, 16))
     return sparse, sparse.to_dense(), torch.randn(5, 3, 30)
+
+
+def pairs():
+    sparse = SemiStructuredLinear.from_dense(nn.Linear(64, 32))
+    return sparse, sparse.to_dense(), torch.randn(5, 3, 64)
 
 
 def linear():
@@ -53,7 +58,7 @@ TRANSFORMS = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("made", [blocks, linear, conv2d])
+@pytest.mark.parametrize("made", [blocks, pairs, linear, conv2d])
 def test_it_is_what_the_dense_layer_gives(made, name, trained):
     torch.manual_seed(0)
     sparse, dense, x = made()
@@ -63,7 +68,7 @@ def test_it_is_what_the_dense_layer_gives(made, name, trained):
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("made", [blocks, linear, conv2d])
+@pytest.mark.parametrize("made", [blocks, pairs, linear, conv2d])
 def test_gradients_of_many_samples_by_the_parameters(made):
     torch.manual_seed(0)
     sparse, _, x = made()

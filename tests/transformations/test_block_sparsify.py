@@ -13,17 +13,19 @@ import fxopt
 from fxopt.errors import Conflict, UsageError
 from fxopt.history import history
 from fxopt.kernels.block_linear import block_linear
+from fxopt.kernels.semi_structured import to_dense
 from fxopt.models import build
-from fxopt.sparse import BlockRegrow, BlockSparseLinear, Spec, following
+from fxopt.sparse import BlockRegrow, BlockSparseLinear, SemiStructuredLinear, Spec, block_plan, following, n_m_mask
+from fxopt.sparse.block_report import Timing
 from fxopt.text import show
 from fxopt.transformations import BlockSparsify, EliminateDropout, MergeLinears
 from tests.rewriting import DIALECTS, nodes, rewrites, state, trace
 
 
 class Net(nn.Module):
-    def __init__(self, bias=True):
+    def __init__(self, bias=True, sizes=(48, 64, 40)):
         super().__init__()
-        self.up, self.down = nn.Linear(48, 64, bias=bias), nn.Linear(64, 40, bias=bias)
+        self.up, self.down = nn.Linear(*sizes[:2], bias=bias), nn.Linear(*sizes[1:], bias=bias)
 
     def forward(self, x):
         return self.down(torch.relu(self.up(x)))
@@ -32,9 +34,9 @@ class Net(nn.Module):
 class Tied(nn.Module):
     """One weight under two biases, and one module called twice."""
 
-    def __init__(self):
+    def __init__(self, size=48):
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(48, 48), nn.Linear(48, 48, bias=False), nn.Linear(48, 48)
+        self.a, self.b, self.c = nn.Linear(size, size), nn.Linear(size, size, bias=False), nn.Linear(size, size)
         self.c.weight = self.b.weight
 
     def forward(self, x):
@@ -45,9 +47,9 @@ class Tied(nn.Module):
 class GPTBlock(nn.Module):
     """Weights (in, out), as those of GPT-2."""
 
-    def __init__(self):
+    def __init__(self, size=48):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(48, 48)), nn.Parameter(torch.randn(48))
+        self.weight, self.bias = nn.Parameter(torch.randn(size, size)), nn.Parameter(torch.randn(size))
 
     def forward(self, x):
         return torch.addmm(self.bias, x, self.weight)
@@ -57,11 +59,28 @@ def force(patterns, **options):
     return BlockSparsify(patterns, guard="off", **options)
 
 
-def X(rows=3):
-    return (torch.randn(rows, 48),)
+def X(rows=3, size=48):
+    return (torch.randn(rows, size),)
 
 
-EXISTING = Spec(block=(16, 16), select="existing")
+EXISTING, PAIRS = Spec(block=(16, 16), select="existing"), Spec(block="2:4")
+WIDE = (64, 128, 64)
+
+
+@pytest.fixture
+def gpu_times(monkeypatch):
+    """Let 2:4 be there, as on a GPU, and what is timed twice as fast as dense; 2:4 as fast as is said."""
+
+    def set_(speed):
+        def timed(contenders, weight, tokens):
+            speeds = {"dense": 1.0, "block-sparse": 2.0, "2:4": speed}
+            return {n: {t: Timing(1e-4 / speeds[n], speeds[n]) for t in tokens} for n in contenders}
+
+        monkeypatch.setattr(block_plan, "timed", timed)
+
+    monkeypatch.setattr(block_plan, "accelerated", lambda weight: True)
+    set_(3.0)
+    return set_
 
 
 @pytest.mark.parametrize("bias", (True, False))
@@ -114,16 +133,64 @@ def test_one_rewrite_is_undone_alone(dialect):
     assert not hasattr(gm.up, "weight") or isinstance(gm.up, BlockSparseLinear)
 
 
+@pytest.mark.parametrize("bias", (True, False))
+def test_the_fastest_is_kept_two_of_four_where_that_is_no_less_than_asked_for(bias, gpu_times):
+    model = Net(bias, WIDE)
+    with torch.no_grad():
+        for layer in (model.up, model.down):
+            layer.weight.mul_(n_m_mask(layer.weight, 2, 4))
+    up, down = (f"{p}.bias" if bias else "None" for p in ("up", "down"))
+    functions = f"""
+        %0 = semi_structured_linear(x, up.values, {up}, up.metadata)
+        %1 = relu(%0)
+        %2 = semi_structured_linear(%1, down.values, {down}, down.metadata)
+        return %2
+    """
+    modules = """
+        %0 = up(x)
+        %1 = relu(%0)
+        %2 = down(%1)
+        return %2
+    """
+    after = {"module": modules, "function": functions, "aten": functions}
+    sparsify = BlockSparsify({"up|down": EXISTING})
+    found = rewrites(sparsify, model, X(size=64), after, count=2, atol=1e-5)
+    assert type(found["module"].up) is SemiStructuredLinear
+    assert set(found["aten"].up.state_dict()) == {"values", "metadata", *(["bias"] if bias else [])}
+    gpu_times(1.5)
+    assert [x.decision for x in BlockSparsify({".*": EXISTING}).plan(trace(model, X(size=64), "aten"))] == [
+        "block-sparse",
+        "block-sparse",
+    ]
+
+
+def test_two_of_four_weights_in_out_and_tied():
+    tied = Tied(64)
+    with torch.no_grad():
+        for layer in (tied.a, tied.b):
+            layer.weight.mul_(n_m_mask(layer.weight, 2, 4))
+    for dialect, gm in rewrites(force({"a|b": PAIRS}), tied, X(size=64), None, count=2, atol=1e-4).items():
+        assert len([p for n, p in gm.named_parameters() if n.endswith("values")]) == 2, dialect
+        if dialect == "module":
+            assert gm.b.values is gm.c.values and gm.c.bias is not None and gm.b.bias is None
+    block = GPTBlock(64)
+    with torch.no_grad():
+        block.weight.mul_(n_m_mask(block.weight.t(), 2, 4).t())
+    rewrites(force({"weight": PAIRS}), block, X(size=64), None, count=1, dialects=("function", "aten"), atol=1e-4)
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("mode", ("zeros", "merge"))
 @pytest.mark.parametrize("model", (Net, Tied, GPTBlock))
-def test_trained_the_caller_chooses(dialect, mode, model):
+@pytest.mark.parametrize("spec", ((0.4, (16, 16)), PAIRS), ids=("blocks", "pairs"))
+def test_trained_the_caller_chooses(dialect, mode, model, spec):
     torch.manual_seed(0)
     if model is GPTBlock and dialect == "module":
         dialect = "function"
-    gm, x = trace(model().eval(), X(), dialect), X()
+    made, x = (model(), X()) if spec is not PAIRS else (Net(sizes=WIDE) if model is Net else model(64), X(size=64))
+    gm = trace(made.eval(), x, dialect)
     before, originals = state(gm), {k: v.clone() for k, v in gm.state_dict().items()}
-    sparsify = force({".*": (0.4, (16, 16))})
+    sparsify = force({".*": spec})
     sparsify(gm)
     optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
     gm(*x).square().mean().backward()
@@ -262,6 +329,61 @@ def test_settled_it_is_saved_and_loaded(tmp_path):
     assert "block_linear" not in again.code
 
 
+@pytest.mark.parametrize(
+    "spec", ((0.25, (16, 16), "magnitude", False), (0.5, (16, 16), "activation", True)), ids=("plain", "calibrated")
+)
+def test_two_of_four_settled_is_saved_and_loaded(spec, gpu_times, tmp_path, monkeypatch):
+    gm, x = fxopt.capture(Net(sizes=WIDE).eval(), X(size=64)), X(size=64)
+    settled = BlockSparsify({"up": spec, "down": 0.75}, inputs=x).settled(gm)
+    assert settled.patterns == (("up", None, "2:4", *spec[2:]), ("down", 0.75, (32, 32), "magnitude", False))
+    settled(gm)
+    assert gm.up.values.shape == (128, 32) and gm.down.data.dim() == 3
+    fxopt.save(gm, tmp_path / "saved")
+    monkeypatch.undo()  # loaded where no GPU is
+    again = fxopt.load(tmp_path / "saved")
+    assert torch.equal(again(*x), gm(*x))
+    history(again).undo(0)
+    assert "semi_structured_linear" not in again.code
+
+
+def test_why_neither_is_taken_is_said(gpu_times, monkeypatch):
+    slow = {"dense": 1.0, "block-sparse": 0.5, "2:4": 0.75}
+    monkeypatch.setattr(
+        block_plan, "timed", lambda c, w, tokens: {n: {t: Timing(1e-4 / slow[n], slow[n]) for t in tokens} for n in c}
+    )
+    gm = trace(Net(sizes=WIDE).eval(), X(size=64), "aten")
+    sparsify, code = BlockSparsify({"up": 0.25}, tokens=(8,)), gm.code
+    sparsify(gm)
+    assert gm.code == code
+    reasons = {m.reason for m in sparsify.misses(gm)}
+    assert "no faster block-sparse (0.50 × at 8 tokens) or 2:4 (0.75 × at 8 tokens)" in reasons
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_optimizer_follows_two_of_four_on_a_graph(dialect):
+    gm, x = trace(Net(sizes=WIDE).eval(), X(size=64), dialect), X(size=64)
+    sparsify, optimizer = force({".*": PAIRS}), torch.optim.AdamW(gm.parameters(), lr=1e-2)
+
+    def step():
+        optimizer.zero_grad()
+        gm(*x).square().mean().backward()
+        optimizer.step()
+
+    step()
+    moments = optimizer.state[gm.up.weight]["exp_avg"].clone()
+    with following(optimizer, gm):
+        sparsify(gm)
+    values, metadata = gm.up.values, gm.up.metadata
+    kept = to_dense(torch.ones_like(values), metadata) != 0
+    assert torch.equal(to_dense(optimizer.state[values]["exp_avg"], metadata), moments * kept)
+    step()
+    with following(optimizer, gm):
+        sparsify.reverse(gm, mode="zeros")
+    assert gm.up.weight[~kept].eq(0).all() and optimizer.state[gm.up.weight]["exp_avg"][kept].ne(0).any()
+    step()
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in gm.parameters()}
+
+
 @pytest.mark.parametrize("given", [X(), [X(), X()]], ids=["one", "several"])
 @pytest.mark.parametrize("spec", [(0.5, (16, 16), "activation"), (0.5, (16, 16), "magnitude", True)])
 def test_what_calibration_chose_is_saved_and_loaded(spec, given, tmp_path):
@@ -310,6 +432,7 @@ def test_a_weight_that_is_an_embedding_too_stays(dialect):
         ({"up": 1.5}, "density=1.5 was given"),
         ({"up": (0.5, (16, 16), "activation")}, 'up: select="activation" needs inputs'),
         ({"up": Spec(select=torch.ones(7, 7))}, r"up: a mask of shape \(7, 7\) was given"),
+        ({"up": PAIRS}, r"up: a weight of shape \(64, 48\) was given, expected multiples of 32 and 64 for 2:4"),
         (["up"], "expected a regular expression|was given, expected"),
     ),
 )

@@ -1,0 +1,81 @@
+"""What linear layers that keep a part of a dense weight have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class SparsifiedLinear(nn.Module):
+    """y = x @ weightᵀ + bias, the weight (out, in) being a part of that of the layer that it was made of."""
+
+    TENSORS: ClassVar[tuple[str, ...]]  # what the weight is made of, the parameter first
+    OPERATOR: ClassVar[Any]
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    def dense(self, values: Tensor | None = None) -> Tensor:
+        """`values`, in the form of the layer's own parameter and by default these, as a matrix (out, in)."""
+        raise NotImplementedError
+
+    def operands(self, x: Any, bias: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments of `OPERATOR`; tensors or nodes of a graph, `tensors` as `TENSORS` names them."""
+        raise NotImplementedError
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply each output by its `factor` (out,)."""
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the weight is made of, the parameter first."""
+        return tuple(getattr(self, name) for name in self.TENSORS)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out, in) with its zeros, computed anew each time; differentiable."""
+        return self.dense()
+
+    @property
+    def kept(self) -> Tensor:
+        """Which elements of the weight there are, (out, in) bool."""
+        return self.dense(torch.ones_like(self.tensors[0])) != 0
+
+    def to_dense(self) -> nn.Linear:
+        """A dense layer that computes the same, with a weight of its own and this layer's bias."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        weight = self.dense().detach().contiguous().clone()
+        layer.weight = nn.Parameter(weight, requires_grad=self.tensors[0].requires_grad)
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
+
+    def tied(self, bias: nn.Parameter | None) -> Self:
+        """A layer on the same weight, with this bias."""
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__ | nn.Module().__dict__)  # hooks and the like are its own
+        for name in self.TENSORS[1:]:
+            new.register_buffer(name, getattr(self, name), name not in self._non_persistent_buffers_set)
+        new.register_parameter(self.TENSORS[0], self._parameters[self.TENSORS[0]])
+        new.register_parameter("bias", bias)
+        return new.train(self.training)
+
+    @torch.no_grad()
+    def rescale(self, weight: Tensor, inputs: Tensor | None = None) -> None:
+        """
+        Scale each output, so that it comes closest to that of the dense `weight` on `inputs` (by least squares), or,
+        without inputs, so that its weights have the norm that they had.
+        """
+        wide = torch.promote_types(weight.dtype, torch.float32)  # sums of squares are beyond float16
+        weight, kept = weight.to(wide), self.dense().to(wide)
+        if inputs is None:
+            factor = weight.norm(dim=1) / kept.norm(dim=1)
+        else:
+            x = inputs.reshape(-1, self.in_features).to(weight)
+            wanted, found = x @ weight.t(), x @ kept.t()
+            factor = (wanted * found).sum(0) / found.square().sum(0)
+        self.scale(torch.where(factor.isfinite(), factor, torch.ones_like(factor)))
