@@ -19,8 +19,9 @@ struct BlockProduct {
 
     static constexpr int64_t PIECE = 16; // columns of x that are packed together: a cache line
 
-    // Blocks of a row that are multiplied in one go: their panel has to stay in the L2 cache beside the tokens.
-    int64_t at_once() const { return std::max<int64_t>(1, 4096 / inner); }
+    // Blocks of a row that are multiplied in one go: their panel has to stay in the L2 cache beside the tokens. A panel
+    // that few tokens read is made for them alone, and read at once from L1.
+    int64_t at_once() const { return std::max<int64_t>(1, (tokens <= 32 ? 128 : 4096) / inner); }
     // Tokens whose inputs, 1 MB, stay in the L2 cache while every row of blocks passes.
     int64_t tokens_at_once(int64_t multiple) const {
         return std::max<int64_t>(262144 / ldx, 16 * multiple) / multiple * multiple;
