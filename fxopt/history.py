@@ -440,6 +440,12 @@ def _trained(commit: Commit, now: Snapshot) -> list[str]:
     return patch.edited(commit.active().inverse(), now)
 
 
+def written(gm: GraphModule) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that commits made and that were written to since (by training, say), by path."""
+    now = snapshot(gm)
+    return {path: now.slots[path].value for commit in commits(gm) for path in _trained(commit, now)}
+
+
 def _disjoint(a: Delta, b: Delta) -> bool:
     """Whether neither delta changed what the other changed, nor the existence of what it refers to."""
     return not (a.touched() & b.touched() or a.existence() & b.mentions() or a.mentions() & b.existence())

@@ -2,6 +2,8 @@
 
 What is saved is what the model was before any transformation, and the journal of its transformations.  Loading makes
 them again and checks that every one leads to the graph that was saved; so a loaded result can be undone like any other.
+What was trained since a transformation made it is saved beside, and written over what loading makes: to the history of
+a loaded result it is an edit, as it was to that of the saved one.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from fxopt import catalogue, serial
 from fxopt.delta import graphs, share
 from fxopt.difference import Difference, diff, of_commits
 from fxopt.errors import StoreError, UsageError
-from fxopt.history import Entry, commits, history, undo_rewrite
+from fxopt.history import Entry, checkout, commits, history, undo_rewrite, written
 from fxopt.huggingface import Optimized, optimize
 
 JOURNAL, GRAPH, WEIGHTS = "fxopt.json", "graph.json", "model.safetensors"
-INPUTS, OPTIONS = "inputs.safetensors", "options.safetensors"
+INPUTS, OPTIONS, TRAINED = "inputs.safetensors", "options.safetensors", "trained.safetensors"
 FORMAT = 1
 
 
@@ -42,7 +44,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     """
     Write ``model`` with its history to ``directory``.
 
-    A graph module: model.safetensors, graph.json, fxopt.json.  What `fxopt.optimize` made of a Hugging Face model:
+    A graph module: model.safetensors, graph.json, fxopt.json, and trained.safetensors where parameters that its
+    transformations made were trained since.  What `fxopt.optimize` made of a Hugging Face model:
     what ``save_pretrained`` writes (the original weights, so that transformers can load the folder too), the example
     inputs and fxopt.json.  What it made of any other module is saved as its graph: `load` gives back a graph module
     that computes the same, not a module of that class (`keeps_class` tells).  Everything is written aside first; what
@@ -84,12 +87,17 @@ def load(directory: str | Path) -> nn.Module:
     entry = read_journal(folder)
     if entry["kind"] == "graph":
         gm = serial.from_json(read_json(folder / GRAPH), read_tensors(folder / WEIGHTS))
-        return replay(gm, entry["graphs"][""], _options(folder, entry))
-    return _load_model(folder, entry)
+        made: nn.Module = replay(gm, entry["graphs"][""], _options(folder, entry))
+    else:
+        made = _load_model(folder, entry)
+    _write_over(folder, entry, graphs_of(made))
+    return made
 
 
 def _save_graph(gm: GraphModule, folder: Path) -> None:
-    graph, tensors = serial.to_json(history(share(gm)).checkout(0))
+    before = share(gm)
+    checkout(before, 0, "discard")  # what would be lost is written beside
+    graph, tensors = serial.to_json(before)
     write_tensors(folder / WEIGHTS, tensors)
     write_json(folder / GRAPH, graph)
     _write_journal(folder, {"kind": "graph"}, {"": gm})
@@ -126,12 +134,32 @@ def _write_journal(folder: Path, entry: dict[str, Any], gms: Mapping[str, GraphM
     journals = {name: journal(gm, options) for name, gm in gms.items()}
     if options:
         write_tensors(folder / OPTIONS, options)
+    trained = {f"{name}:{path}": t for name, gm in gms.items() for path, t in written(gm).items()}
+    if trained:
+        write_tensors(folder / TRAINED, trained)
     write_journal(folder, entry | {"graphs": journals})
 
 
 def _options(folder: Path, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors that the options of transformations name."""
     return read_tensors(folder / OPTIONS) if OPTIONS in entry["files"] else {}
+
+
+@torch.no_grad()
+def _write_over(folder: Path, entry: Mapping[str, Any], gms: Mapping[str, GraphModule]) -> None:
+    """Put what was trained into the parameters that the transformations made again."""
+    if TRAINED not in entry["files"]:
+        return
+    held = {
+        f"{name}:{path}": tensor
+        for name, gm in gms.items()
+        for path, tensor in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
+    }
+    for path, value in read_tensors(folder / TRAINED).items():
+        made = held.get(path)
+        if made is None or (made.shape, made.dtype) != (value.shape, value.dtype):
+            raise StoreError(f"{folder / TRAINED} holds {path}, which the journal's transformations do not make so")
+        made.copy_(value)
 
 
 def _load_model(folder: Path, entry: dict[str, Any]) -> nn.Module:
@@ -301,10 +329,17 @@ def journal(gm: GraphModule, options: dict[str, torch.Tensor]) -> list[dict[str,
     ``options`` takes the tensors among the options of its transformations.
     """
     found = []
-    trial = share(gm)
+    trial, trained = share(gm), {id(t) for t in written(gm).values()}
     digests = []
-    for count in range(len(commits(gm)), 0, -1):
-        digests.append(digest(history(trial).checkout(count)))
+    for count in reversed(range(len(commits(gm)))):
+        digests.append(digest(trial))
+        if lost := [path for path, t in written(trial).items() if id(t) not in trained]:
+            after = commits(gm)[count + 1].signature
+            raise StoreError(
+                f"{', '.join(lost)} was written to before {after} was made, which cannot be made again from that; "
+                f"undo {after} before saving"
+            )
+        checkout(trial, count, "discard")
     for commit, after in zip(commits(gm), reversed(digests), strict=True):
         if not commit.transformation.replayable and commit.delta:
             raise StoreError(f"{commit.signature} cannot be made again from the journal alone; undo it before saving")

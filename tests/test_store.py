@@ -10,10 +10,17 @@ from torch import nn
 
 import fxopt
 from fxopt import store
-from fxopt.errors import StoreError
+from fxopt.errors import Conflict, StoreError
 from fxopt.history import history
 from fxopt.models import build
-from fxopt.transformations import ChangeTrueDivToMulByInverse, EliminateDropout
+from fxopt.transformations import (
+    BlockSparsify,
+    ChangeTrueDivToMulByInverse,
+    EliminateDropout,
+    MergeLinears,
+    SparsifyWeights,
+    SwapSparse,
+)
 from tests.rewriting import DIALECTS, trace
 
 X = (torch.randn(2, 8, generator=torch.Generator().manual_seed(0)),)
@@ -203,3 +210,52 @@ def test_a_size_that_is_fixed_and_equal_to_one_that_varies(tmp_path):
     fxopt.save(gm, tmp_path / "saved")
     x = torch.randn(5, 2)
     assert torch.equal(fxopt.load(tmp_path / "saved")(x), gm(x))
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(self.left(x).relu() + self.right(x))
+
+
+TRAINED = {
+    "merged": ([MergeLinears()], {"edited": "carry"}),
+    "sparse": ([SparsifyWeights(sparsity=0.5), SwapSparse(measure=False)], {"edited": "carry"}),
+    "blocks": ([BlockSparsify({"left|out": (0.5, (4, 4))}, guard="off")], {"mode": "zeros"}),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("what", TRAINED)
+def test_what_was_trained_since_is_saved_and_still_an_edit(tmp_path, dialect, what):
+    made, choice = TRAINED[what]
+    gm = trace(Branches().eval(), X, dialect)
+    for transformation in made:
+        transformation(gm)
+    optimizer = torch.optim.SGD(gm.parameters(), 0.5)
+    gm(*X).square().sum().backward()
+    before = gm(*X).detach()
+    optimizer.step()
+    assert not torch.equal(gm(*X), before)
+    loaded = store.load(store.save(gm, tmp_path / "net"))
+    assert torch.equal(loaded(*X), gm(*X))
+    with pytest.raises(Conflict, match="edited since"):
+        made[-1].reverse(loaded)
+    for side in (gm, loaded):
+        made[-1].reverse(side, **choice)
+    assert torch.equal(loaded(*X), gm(*X))
+    torch.testing.assert_close(store.load(store.save(loaded, tmp_path / "again"))(*X), gm(*X), rtol=0, atol=0)
+
+
+def test_an_edit_between_transformations_is_refused_by_name(tmp_path):
+    gm = trace(Branches().eval(), X, "aten")
+    SparsifyWeights(sparsity=0.5)(gm)
+    with torch.no_grad():
+        gm.get_parameter("left.weight").mul_(2)
+    MergeLinears()(gm)
+    with pytest.raises(StoreError, match=r"left\.weight was written to before MergeLinears\(.*undo"):
+        store.save(gm, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
