@@ -215,4 +215,6 @@ def test_the_report_shows_everywhere():
     report = patcher().patch_model(model, inputs=[IDS, IDS])
     for text in (str(report), report._repr_html_()):
         assert "encoder.layer.0.output.dense" in text and "4 of 4 layers are block-sparse" in text
+    with pytest.raises(KeyError, match=r"no pattern named 'x'; the layers are encoder\.layer\.0"):
+        report["x"]
     assert report.to_json()["layers"][0]["kept"] == report.layers[0].kept and report.layers[0].density == 0.5
