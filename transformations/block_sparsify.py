@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -78,14 +78,14 @@ class BlockSparsify(ReversibleTransformation):
         return super().__call__(graph_module, lint_and_recompile, reverse)
 
     def transform(self, graph_module: GraphModule) -> None:
-        for plan, group in self._plans(graph_module):
+        for plan, group, _ in self._plans(graph_module):
             if isinstance(plan, Plan) and plan.kept:
                 _apply(graph_module, group, plan.layer)
 
     def plan(self, gm: GraphModule) -> SparsifyReport:
         """What would become of each layer that a pattern names; nothing is changed."""
         self._check(gm)
-        found = [plan for inner in graphs(gm).values() for plan, _ in self._plans(inner)]
+        found = [plan for inner in graphs(gm).values() for plan, *_ in self._plans(inner)]
         return SparsifyReport(tuple(plan.report for plan in found if isinstance(plan, Plan)))
 
     def settled(self, gm: GraphModule) -> BlockSparsify:
@@ -93,21 +93,22 @@ class BlockSparsify(ReversibleTransformation):
         This transformation with what `guard` decides for ``gm`` written down: it does the same in every process, where
         timing anew might not, so a result that it made can be saved.
         """
-        kept = {layer.path: layer.decision for layer in self.plan(gm).changed}
-        named = {path: matching(self._specs, [path], torch.empty(0)) for path in kept}
-        patterns = tuple((_literally(p), *self._settled(i, kept[p])) for p, i in named.items() if i is not None)
-        needed = any(select == "activation" or rescale for *_, select, rescale in patterns)
+        self._check(gm)
+        found = [planned for inner in graphs(gm).values() for planned in self._plans(inner)]
+        kept = {plan.path: (plan, spec) for plan, _, spec in found if isinstance(plan, Plan) and plan.kept}
+        settled = {
+            path: replace(spec, density=None, block=PAIRS) if plan.report.decision == PAIRS else spec
+            for path, (plan, spec) in kept.items()
+        }
+        needed = any(s.rescale or (isinstance(s.select, str) and s.select == "activation") for s in settled.values())
+        patterns = {_literally(path): spec for path, spec in settled.items()}
         return BlockSparsify(patterns, self.inputs if needed else None, "off", self.tokens)
-
-    def _settled(self, index: int, decision: str) -> tuple[Any, ...]:
-        density, block, select, rescale = self.patterns[index][1:]
-        return (None, PAIRS, select, rescale) if decision == PAIRS else (density, block, select, rescale)
 
     def misses(self, gm: GraphModule) -> Iterator[Miss]:
         """The linear layers that stay dense, each with the reason."""
         for inner in graphs(gm).values():
             taken: set[Node] = set()
-            for plan, group in self._plans(inner):
+            for plan, group, _ in self._plans(inner):
                 taken.update(layer.node for layer in group)
                 reason = plan if isinstance(plan, str) else plan.report.reason
                 if reason:
@@ -157,8 +158,8 @@ class BlockSparsify(ReversibleTransformation):
                 paths += names
         check_all_matched(self._specs, used, list(dict.fromkeys(paths)))
 
-    def _plans(self, gm: GraphModule) -> Iterator[tuple[Plan | str, list[_Layer]]]:
-        """The layers of one graph that a pattern names, grouped by weight, each with its plan or why it stays."""
+    def _plans(self, gm: GraphModule) -> Iterator[tuple[Plan | str, list[_Layer], Spec]]:
+        """The layers of one graph that a pattern names, grouped by weight: each group's plan or why it stays."""
         chosen: list[tuple[list[_Layer], Spec]] = []
         for group in _groups(gm).values():
             index = matching(self._specs, _names(gm, group), group[0].matrix)
@@ -169,9 +170,10 @@ class BlockSparsify(ReversibleTransformation):
             first = group[0]
             reason = _shared(gm, group) or next(filter(None, (_unfit(gm, layer) for layer in group)), None)
             if reason is not None:
-                yield reason, group
+                yield reason, group, spec
                 continue
-            yield self._planner.plan(first.path, first.matrix, first.held_bias, spec, rows.get(first.x)), group
+            plan = self._planner.plan(first.path, first.matrix, first.held_bias, spec, rows.get(first.x))
+            yield plan, group, spec
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fxopt.errors import UsageError
 from fxopt.kernels.semi_structured import accelerated
 from fxopt.sparse.block_linear import BlockSparseLinear, checked_block, grid
 from fxopt.sparse.block_report import BLOCKS, DENSE, PAIRS, LayerReport, Timing
-from fxopt.sparse.block_select import Select, check_select, count, kept_blocks
+from fxopt.sparse.block_select import Select, check_select, count, dense_mask, kept_blocks
 from fxopt.sparse.semi_structured import SELECTS, SemiStructuredLinear, has_pairs, kept_pairs
 from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
@@ -43,15 +43,20 @@ class Spec:
     rescale: bool = False
 
     def __post_init__(self) -> None:
+        if hasattr(self.density, "shape"):
+            kind = type(self.density).__name__
+            raise UsageError(f"a {kind} was given as density, expected a number in (0, 1]; give a mask as select")
+        named = isinstance(self.select, str)  # nothing else is compared with a string: of an array, that is an array
+        object.__setattr__(self, "select", self.select.strip() if named else dense_mask(self.select))
         check_select(self.select)
-        if self.block == PAIRS:
-            if self.density not in (None, 0.5) or not isinstance(self.select, str) or self.select not in SELECTS:
+        if isinstance(self.block, str) and self.block == PAIRS:
+            if self.density not in (None, 0.5) or not named or self.select not in SELECTS:
                 raise UsageError(f'block="2:4" keeps 0.5 by {", ".join(SELECTS)}; leave density out, and select so')
             return
         object.__setattr__(self, "block", checked_block(self.block))  # type: ignore[arg-type]
         if self.density is not None:
             count(self.density, 1)
-        elif self.select in ("magnitude", "activation", "balanced") or str(self.select).startswith("random"):
+        elif named and self.select != "existing":
             raise UsageError(f"select={self.select!r} needs a density, a number in (0, 1]")
 
     def offers_pairs(self, weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ import itertools
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import scipy.sparse
 import torch
 from torch import nn
 
@@ -329,6 +330,25 @@ def test_settled_it_is_saved_and_loaded(tmp_path):
     assert "block_linear" not in again.code
 
 
+def test_settled_by_what_was_planned_not_by_matching_again():
+    gm, asked = fxopt.capture(Net().eval(), X()), []
+
+    def wide(path, weight):
+        asked.append(path)
+        return weight.shape == (64, 48)
+
+    sparsify = force({wide: 0.5, lambda path, w: w.numel() > 2000: Spec(0.25, (16, 16), rescale=True)})
+    assert [x.path for x in sparsify.plan(gm).changed] == ["up", "down"]
+    settled = sparsify.settled(gm)
+    assert settled.patterns == (
+        ("up", 0.5, (32, 32), "magnitude", False),
+        ("down", 0.25, (16, 16), "magnitude", True),
+    )
+    asked.clear()
+    settled(gm)
+    assert not asked and {n for n, _ in gm.named_parameters() if "data" in n} == {"up.data", "down.data"}
+
+
 @pytest.mark.parametrize(
     "spec", ((0.25, (16, 16), "magnitude", False), (0.5, (16, 16), "activation", True)), ids=("plain", "calibrated")
 )
@@ -398,10 +418,17 @@ def test_what_calibration_chose_is_saved_and_loaded(spec, given, tmp_path):
     assert "block_linear" not in again.code
 
 
-def test_a_mask_is_saved_and_loaded(tmp_path):
+@pytest.mark.parametrize("density", (None, 0.5))
+@pytest.mark.parametrize("kind", ("torch", "numpy", "list", "csr", "bsr"))
+def test_a_mask_is_saved_and_loaded(kind, density, tmp_path):
     gm, x = fxopt.capture(Net().eval(), X()), X()
-    weight = next(p for n, p in gm.named_parameters() if n == "up.weight")
-    force({"up": (None, (16, 16), weight.abs() > weight.abs().quantile(0.999))}).settled(gm)(gm)
+    weight = next(p for n, p in gm.named_parameters() if n == "up.weight").detach()
+    mask = weight.abs() > weight.abs().quantile(0.999)
+    numbers = mask.float().numpy()
+    forms = {"torch": mask, "numpy": mask.numpy(), "list": mask.tolist()}
+    forms |= {"csr": scipy.sparse.csr_array(numbers), "bsr": scipy.sparse.bsr_array(numbers, blocksize=(16, 16))}
+    force({"up": Spec(density, (16, 16), forms[kind])}).settled(gm)(gm)
+    assert 0 < gm.up.data.shape[0] < 12 and torch.equal(history(gm)[0].transformation.patterns[0][3], mask)
     fxopt.save(gm, tmp_path / "saved")
     assert torch.equal(fxopt.load(tmp_path / "saved")(*x), gm(*x))
 
@@ -433,6 +460,7 @@ def test_a_weight_that_is_an_embedding_too_stays(dialect):
         ({"up": (0.5, (16, 16), "activation")}, 'up: select="activation" needs inputs'),
         ({"up": Spec(select=torch.ones(7, 7))}, r"up: a mask of shape \(7, 7\) was given"),
         ({"up": PAIRS}, r"up: a weight of shape \(64, 48\) was given, expected multiples of 32 and 64 for 2:4"),
+        ({"up": Spec(select=[[True], [True]])}, r"up: a mask of shape \(2, 1\) was given"),
         (["up"], "expected a regular expression|was given, expected"),
     ),
 )
