@@ -433,6 +433,74 @@ def test_a_mask_is_saved_and_loaded(kind, density, tmp_path):
     assert torch.equal(fxopt.load(tmp_path / "saved")(*x), gm(*x))
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("options", ({}, {"rescale": True}), ids=("plain", "rescaled"))
+@pytest.mark.parametrize("block", ((16, 16), "2:4"), ids=("blocks", "pairs"))
+@pytest.mark.parametrize("copied", (False, True))
+def test_an_edit_that_no_version_tells_is_an_edit(dialect, options, block, copied):
+    gm, x = trace(Net(sizes=WIDE).eval(), X(size=64), dialect), X(size=64)
+    before, sparsify = state(gm), force({".*": Spec(0.5, block, **options)})
+    sparsify(gm)
+    sparsify.reverse(gm)
+    assert state(gm) == before
+    sparsify(gm)
+    if copied and not options:
+        gm = copy.deepcopy(gm)
+    name = "up.data" if block != "2:4" else "up.values"
+    gm.get_parameter(name).data.mul_(3.0)
+    trained = gm(*x)
+    with pytest.raises(Conflict, match=rf"made {name}, edited since.*say mode='zeros'"):
+        sparsify.reverse(gm)
+    assert torch.equal(gm(*x), trained)
+    sparsify.reverse(gm, mode="zeros")
+    torch.testing.assert_close(gm(*x), trained)
+
+
+@pytest.mark.parametrize("mode", ("zeros", "merge"))
+def test_a_converted_graph_gets_converted_weights(mode):
+    gm, sparsify = trace(Net().eval(), X(), "aten"), force({".*": (0.5, (16, 16))})
+    original = gm.up.weight.detach().bfloat16()
+    sparsify(gm)
+    gm.to(torch.bfloat16)
+    with pytest.raises(Conflict, match="say mode='zeros'"):
+        sparsify.reverse(gm)
+    sparsify.reverse(gm, mode=mode)
+    assert gm.up.weight.dtype is gm.down.weight.dtype is torch.bfloat16
+    assert mode == "zeros" or torch.equal(gm.up.weight, original)
+
+
+class Named(nn.Module):
+    """A layer among whose own buffers are the names of blocks."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.fc = nn.Linear(64, 64, bias=False)
+        for name in names:
+            self.fc.register_buffer(name, torch.randperm(64))
+        self.names = names
+
+    def forward(self, x):
+        y = nn.functional.linear(x, self.fc.weight)
+        for name in self.names:
+            y = y[:, getattr(self.fc, name)]
+        return y
+
+
+@pytest.mark.parametrize("names", (("index",), ("data", "weight_blocks"), ("crow", "col", "values", "metadata")))
+@pytest.mark.parametrize("spec", ((0.5, (16, 16)), PAIRS), ids=("blocks", "pairs"))
+def test_names_that_are_taken(names, spec):
+    gm, x = trace(Named(*names).eval(), X(size=64), "function"), X(size=64)
+    before, sparsify = state(gm), force({"fc": spec})
+    sparsify(gm)
+    assert all(torch.equal(b, gm.get_buffer(n)) for n, b in gm.named_buffers() if n.rpartition(".")[2] in names)
+    with torch.no_grad():
+        next(p for n, p in gm.named_parameters()).mul_(2.0)
+    trained = gm(*x)
+    sparsify.reverse(gm, mode="zeros")
+    torch.testing.assert_close(gm(*x), trained)
+    assert [k for k, *_ in state(gm)] == [k for k, *_ in before]
+
+
 class Embedded(nn.Module):
     def __init__(self):
         super().__init__()
@@ -470,3 +538,43 @@ def test_bad_input_leaves_the_graph_alone(patterns, message):
     with pytest.raises(fxopt.errors.FxoptError, match=message) as caught:
         force(patterns)(gm)
     assert "\n" not in str(caught.value) and gm.code == code and state(gm) == before
+
+
+def test_calibration_leaves_no_trace():
+    model = nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 64), nn.Dropout()).train()
+    gm, x = torch.fx.symbolic_trace(model), torch.randn(8, 64) + 3
+    before, content = state(gm), {k: v.clone() for k, v in gm.state_dict().items()}
+    versions, chance = [t._version for t in gm.state_dict().values()], torch.get_rng_state()
+    sparsify = force({"1": (0.5, (32, 32), "activation")}, inputs=x)
+    report = sparsify.plan(gm)
+    assert state(gm) == before and [t._version for t in gm.state_dict().values()] == versions
+    assert all(torch.equal(v, content[k]) for k, v in gm.state_dict().items())
+    assert all(m.training for m in gm.modules()) and torch.equal(torch.get_rng_state(), chance)
+    with torch.no_grad():
+        seen = copy.deepcopy(model).eval()[0](x)
+    assert report["1"].error == pytest.approx(block_plan.output_error(model[1].weight, _made(model[1], seen), seen))
+    sparsify(gm)
+    assert type(getattr(gm, "1")) is BlockSparseLinear and gm(x).isfinite().all()
+
+
+def _made(linear, inputs):
+    return BlockSparseLinear.from_dense(linear, 0.5, select="activation", inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("attach", "reason"),
+    (
+        (lambda m: m.register_forward_hook(lambda *a: None), "up has hooks"),
+        (lambda m: m.weight.register_hook(lambda g: g), "up has hooks on its weight, which would be lost"),
+    ),
+)
+def test_what_would_be_lost_is_a_reason_to_stay(attach, reason):
+    model = Net().eval()
+    attach(model.up)
+    gm = torch.fx.symbolic_trace(model)
+    sparsify, code = force({"up": 0.5}), gm.code
+    report = sparsify.plan(gm)
+    assert not report.changed and reason in report["up"].reason and "nothing was changed" in report.summary
+    assert any(reason in m.reason for m in sparsify.misses(gm))
+    sparsify(gm)
+    assert gm.code == code and type(gm.up) is nn.Linear
