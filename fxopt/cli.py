@@ -287,13 +287,13 @@ def sparsify(
     if unstructured is not None and not 0 <= unstructured <= 1:
         raise UsageError(f"--unstructured {unstructured} was given; expected a share from 0 to 1, such as 0.95")
     shape = block if block == "2:4" else _numbers(block, "x", "--block", "32x32")
+    rows = _numbers(tokens, ",", "--tokens", "1,128")
     patterns = {}
     if unstructured is None:
         patterns = sparsifying.patterns_of(pattern or (), density or (), block=shape, select=select, rescale=rescale)
     with err.status(f"loading {model}"):
         loaded = frontend.load(model, device=device, dtype=dtype)
         inputs = frontend.inputs(loaded, model, text=text, max_length=max_length, batch_size=batch_size)
-    rows = _numbers(tokens, ",", "--tokens", "1,128")
     if unstructured is not None:
         found = sparsifying.sparsify_unstructured(
             loaded, inputs, unstructured, pattern or (), guard, benchmark, num_runs, warmup
@@ -317,7 +317,7 @@ def sparsify(
 
 def _numbers(text: str, between: str, option: str, example: str) -> tuple[int, ...]:
     parts = text.replace("×", "x").split(between)
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() for part in parts):  # isdigit takes ², int does not
         raise UsageError(f"{option} {text} was given, expected numbers such as {example}")
     return tuple(map(int, parts))
 

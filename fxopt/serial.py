@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import operator
+import re
 import types
 from collections.abc import Mapping, Set
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
-from torch.utils._pytree import treespec_dumps, treespec_loads
+from torch.utils._pytree import SERIALIZED_TYPE_TO_PYTHON_TYPE, treespec_dumps, treespec_loads
 
 from fxopt.errors import StoreError
 from fxopt.shapes import propagate
@@ -221,9 +222,22 @@ def _codegen_from_json(saved: Json) -> CodeGen:
 
 
 def _spec_loads(text: str) -> Any:
-    if "transformers." in text:
-        importlib.import_module("transformers.modeling_outputs")  # registers its classes as containers of tensors
+    for name in set(_TYPE.findall(text)) - SERIALIZED_TYPE_TO_PYTHON_TYPE.keys():
+        _register(name)
     return treespec_loads(text)
+
+
+_TYPE = re.compile(r'"type": "(transformers\.[\w.]+[.:]\w+)"')
+
+
+def _register(name: str) -> None:
+    """Make a class of transformers a container of tensors, by the name that a specification of values has for it."""
+    module, _, kind = name.replace(":", ".").rpartition(".")
+    found = find(f"{module}:{kind}")  # which registers those that are outputs of models
+    if name not in SERIALIZED_TYPE_TO_PYTHON_TYPE and isinstance(found, type):
+        exporter = importlib.import_module("transformers.exporters.exporter_dynamo")
+        if exporter.is_cache_class(found):
+            exporter.register_pytree_node(found)
 
 
 def target_name(node: Node) -> str:

@@ -63,6 +63,8 @@ def patterns_of(names: Sequence[str], densities: Sequence[float], **options: Any
     """The patterns of a command line, with one density for all or one for each."""
     if not names:
         raise UsageError("no layer was named; give --pattern REGEX, once or more")
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise UsageError(f"--pattern {twice} was given twice, and a layer goes by one pattern; leave one of them out")
     implied = options.get("select") == "existing" or options.get("block") == "2:4"
     if len(densities) not in (1, len(names)) and not (not densities and implied):
         raise UsageError(f"{len(densities)} densities were given for {len(names)} patterns; give one, or one for each")

@@ -31,7 +31,7 @@ import fxopt
 from fxopt import catalogue, serial
 from fxopt.delta import graphs, share
 from fxopt.difference import Difference, diff, of_commits
-from fxopt.errors import StoreError, UsageError
+from fxopt.errors import FxoptError, StoreError, UsageError
 from fxopt.history import Entry, checkout, commits, history, undo_rewrite, written
 from fxopt.huggingface import Optimized, optimize
 
@@ -85,13 +85,21 @@ def load(directory: str | Path) -> nn.Module:
     """
     folder = Path(directory)
     entry = read_journal(folder)
-    if entry["kind"] == "graph":
-        gm = serial.from_json(read_json(folder / GRAPH), read_tensors(folder / WEIGHTS))
-        made: nn.Module = replay(gm, entry["graphs"][""], _options(folder, entry))
-    else:
-        made = _load_model(folder, entry)
-    _write_over(folder, entry, graphs_of(made))
-    return made
+    try:
+        if entry["kind"] == "graph":
+            gm = serial.from_json(read_json(folder / GRAPH), read_tensors(folder / WEIGHTS))
+            made: nn.Module = replay(gm, entry["graphs"][""], _options(folder, entry))
+        else:
+            made = _load_model(folder, entry)
+        _write_over(folder, entry, graphs_of(made))
+        return made
+    except FxoptError:
+        raise
+    except Exception as error:  # what a graph of another version makes of torch and transformers, they alone know
+        text = next(iter(str(error).splitlines()), "")
+        raise StoreError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {text}); load with the versions that fxopt.json names"
+        ) from error
 
 
 def _save_graph(gm: GraphModule, folder: Path) -> None:

@@ -337,6 +337,23 @@ def test_sparsify_keeps_two_of_four_where_asked_to(fxopt_, tmp_path):
     assert code == 2 and "expected multiples of 32 and 64 for 2:4" in err and err.count("\n") == 1
 
 
+TWICE = ("--pattern", "up", "--pattern", "up", "--density", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--pattern", ".*", "--density", "0.5", "--block", "²x32"), "--block ²x32 was given, expected numbers"),
+        (("--pattern", ".*", "--density", "0.5", "--tokens", "²"), "--tokens ² was given, expected numbers"),
+        (TWICE, "--pattern up was given twice"),
+        ((*TWICE, "--density", "0.25"), "--pattern up was given twice"),
+    ],
+)
+def test_sparsify_refuses_in_one_line(fxopt_, options, told):
+    code, _, err = fxopt_("sparsify", "mlp-tiny", "--no-benchmark", *options)
+    assert code == 2 and told in err and err.startswith("fxopt: ") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fxopt
 from fxopt import store
@@ -68,6 +69,55 @@ def test_a_fresh_process_loads_the_same(tmp_path):
         "torch.set_num_threads(1); assert torch.equal(s.load(sys.argv[1])(x), y)"
     )
     subprocess.run([sys.executable, "-c", code, folder, tmp_path / "io.pt"], check=True)
+
+
+def test_a_graph_with_a_cache_is_loaded_in_a_fresh_process(tmp_path):
+    given = {"input_ids": torch.arange(5, 37).reshape(2, 16)}
+    gm = fxopt.capture(build("gpt2-tiny").eval(), given)
+    BlockSparsify({".*c_fc": (0.5, (8, 8))}, guard="off").settled(gm)(gm)
+    assert type(gm(**given)[1]).__name__ == "DynamicCache"
+    store.save(gm, tmp_path / "saved")
+    leaves = [t.detach() for t in tree_leaves(gm(**given))]
+    history(gm).undo(0)
+    torch.save([given, leaves, [t.detach() for t in tree_leaves(gm(**given))]], tmp_path / "io.pt")
+    code = (
+        "import sys, torch; from torch.utils._pytree import tree_leaves; torch.set_num_threads(1)\n"
+        "import fxopt; x, sparse, dense = torch.load(sys.argv[2]); gm = fxopt.load(sys.argv[1])\n"
+        "same = lambda wanted: all(map(torch.equal, tree_leaves(gm(**x)), wanted))\n"
+        "assert same(sparse); fxopt.history(gm).undo(0); assert same(dense)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "saved", tmp_path / "io.pt"], check=True)
+    undo = [sys.executable, "-m", "fxopt", "undo", tmp_path / "saved", "BlockSparsify"]
+    assert "undone: BlockSparsify(" in subprocess.run(undo, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    (
+        ("transformers.modeling_outputs.BaseModelOutputWithPooling", "transformers.nothing.Gone", "cannot be imported"),
+        (
+            "transformers.modeling_outputs.BaseModelOutputWithPooling",
+            "mine.Own",
+            "cannot be loaded .NotImplementedError",
+        ),
+        ('"builtins.tuple"', '"builtins.tulip"', "cannot be loaded .NotImplementedError"),
+        ('"name"', '"nome"', "cannot be loaded .KeyError"),
+    ),
+)
+def test_a_graph_of_other_versions_is_one_line(old, new, message, tmp_path):
+    gm = fxopt.capture(build("bert-base-tiny").eval(), {"input_ids": torch.arange(5, 21).reshape(2, 8)})
+    store.save(gm, tmp_path)
+    text = (tmp_path / "graph.json").read_text()
+    changed = text.replace(old.replace('"', r"\""), new.replace('"', r"\""))
+    changed = text.replace(old, new) if changed == text else changed
+    assert changed != text
+    (tmp_path / "graph.json").write_text(changed)
+    journal = json.loads((tmp_path / "fxopt.json").read_text())
+    journal["files"]["graph.json"] = store.file_hash(tmp_path / "graph.json")
+    (tmp_path / "fxopt.json").write_text(json.dumps(journal))
+    with pytest.raises(StoreError, match=message) as caught:
+        store.load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_is_pickled(tmp_path):

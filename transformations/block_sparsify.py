@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fxopt import ops as mechanism
 from fxopt import vocabulary as ops
-from fxopt.delta import Delta, graphs
+from fxopt.delta import Delta, Ref, graphs
 from fxopt.errors import Conflict, UsageError
-from fxopt.history import Edited
+from fxopt.history import Edited, commits, find
 from fxopt.kernels import semi_structured
 from fxopt.kernels.block_linear import to_dense
 from fxopt.ops import Attr
 from fxopt.pattern import Constant, Match, Miss
 from fxopt.snapshot import graph_of, node_key, path_in
-from fxopt.sparse.block_patcher import call
-from fxopt.sparse.block_plan import Plan, Planner, Spec, check_all_matched, matching, rows_of, specified
-from fxopt.sparse.block_report import PAIRS, SparsifyReport
-from fxopt.sparse.sparsified_linear import SparsifiedLinear
-from fxopt.transformation import ReversibleTransformation, Site, erase, exact, register, set_submodule
+from fxopt.sparse.block_linear import BlockSparseLinear
+from fxopt.sparse.block_patcher import call, evaluating
+from fxopt.sparse.block_plan import Plan, Planner, Spec, check_all_matched, hook_of, left, matching, rows_of, specified
+from fxopt.sparse.block_report import PAIRS, LayerReport, SparsifyReport
+from fxopt.sparse.semi_structured import SemiStructuredLinear
+from fxopt.sparse.sparsified_linear import SparsifiedLinear, holds
+from fxopt.transformation import ReversibleTransformation, Site, erase, exact, exists, register, set_submodule
 from fxopt.transformations._constants import path_of, unfit
 
 Mode = Literal["zeros", "merge"]
@@ -78,36 +82,46 @@ class BlockSparsify(ReversibleTransformation):
         return super().__call__(graph_module, lint_and_recompile, reverse)
 
     def transform(self, graph_module: GraphModule) -> None:
-        for plan, group in self._plans(graph_module):
+        for plan, group, _ in self._plans(graph_module):
             if isinstance(plan, Plan) and plan.kept:
                 _apply(graph_module, group, plan.layer)
+                _FACTORS[plan.layer.tensors[0]] = plan.factor
 
     def plan(self, gm: GraphModule) -> SparsifyReport:
         """What would become of each layer that a pattern names; nothing is changed."""
         self._check(gm)
-        found = [plan for inner in graphs(gm).values() for plan, _ in self._plans(inner)]
-        return SparsifyReport(tuple(plan.report for plan in found if isinstance(plan, Plan)))
+        found: list[LayerReport] = []
+        for inner in graphs(gm).values():
+            for plan, group, spec in self._plans(inner):
+                path, weight = group[0].path, group[0].matrix
+                found.append(plan.report if isinstance(plan, Plan) else left(path, weight, spec, plan))
+            for path, weight, reason in _unreadable(inner):
+                index = matching(self._specs, [path], weight)
+                if index is not None:
+                    found.append(left(path, weight, self._specs[index][1], reason))
+        return SparsifyReport(tuple(found))
 
     def settled(self, gm: GraphModule) -> BlockSparsify:
         """
         This transformation with what `guard` decides for ``gm`` written down: it does the same in every process, where
         timing anew might not, so a result that it made can be saved.
         """
-        kept = {layer.path: layer.decision for layer in self.plan(gm).changed}
-        named = {path: matching(self._specs, [path], torch.empty(0)) for path in kept}
-        patterns = tuple((_literally(p), *self._settled(i, kept[p])) for p, i in named.items() if i is not None)
-        needed = any(select == "activation" or rescale for *_, select, rescale in patterns)
+        self._check(gm)
+        found = [planned for inner in graphs(gm).values() for planned in self._plans(inner)]
+        kept = {plan.path: (plan, spec) for plan, _, spec in found if isinstance(plan, Plan) and plan.kept}
+        settled = {
+            path: replace(spec, density=None, block=PAIRS) if plan.report.decision == PAIRS else spec
+            for path, (plan, spec) in kept.items()
+        }
+        needed = any(s.rescale or (isinstance(s.select, str) and s.select == "activation") for s in settled.values())
+        patterns = {_literally(path): spec for path, spec in settled.items()}
         return BlockSparsify(patterns, self.inputs if needed else None, "off", self.tokens)
-
-    def _settled(self, index: int, decision: str) -> tuple[Any, ...]:
-        density, block, select, rescale = self.patterns[index][1:]
-        return (None, PAIRS, select, rescale) if decision == PAIRS else (density, block, select, rescale)
 
     def misses(self, gm: GraphModule) -> Iterator[Miss]:
         """The linear layers that stay dense, each with the reason."""
         for inner in graphs(gm).values():
             taken: set[Node] = set()
-            for plan, group in self._plans(inner):
+            for plan, group, _ in self._plans(inner):
                 taken.update(layer.node for layer in group)
                 reason = plan if isinstance(plan, str) else plan.report.reason
                 if reason:
@@ -124,12 +138,17 @@ class BlockSparsify(ReversibleTransformation):
         """
         Leave ``graph_module`` as if the layers had never been made block-sparse, with the original weights.
 
-        Where blocks were trained since, `mode` says what the weight becomes: "zeros", the function of now, or "merge",
-        the trained blocks among the original rest (``edited="discard"``: the original).  Without a choice `Conflict` is
-        raised and nothing changed.
+        Where blocks were trained since, or written to in any way, `mode` says what the weight becomes: "zeros", the
+        function of now, or "merge", the trained blocks among the original rest (``edited="discard"``: the original).
+        Without a choice `Conflict` is raised and nothing changed.
         """
         if mode not in (None, "zeros", "merge"):
             raise UsageError(f"mode={mode!r} was given, expected 'zeros' or 'merge'")
+        index = find(graph_module, self.signature)
+        if index is not None:  # a write through .data leaves no version behind: now it does, and the engine sees it
+            rescaled = any(spec.rescale for _, spec in self._specs)
+            written = _written(graph_module, commits(graph_module)[index].active(), rescaled)
+            torch.autograd.graph.increment_version(written)
         token = _mode.set(mode)
         try:
             return self._undo(graph_module, edited if mode is None else "carry")
@@ -155,10 +174,13 @@ class BlockSparsify(ReversibleTransformation):
                 names = _names(inner, group)
                 used.append(matching(self._specs, names, group[0].matrix))
                 paths += names
+            for path, weight, _ in _unreadable(inner):  # `plan` and `misses` tell why they stay
+                used.append(matching(self._specs, [path], weight))
+                paths.append(path)
         check_all_matched(self._specs, used, list(dict.fromkeys(paths)))
 
-    def _plans(self, gm: GraphModule) -> Iterator[tuple[Plan | str, list[_Layer]]]:
-        """The layers of one graph that a pattern names, grouped by weight, each with its plan or why it stays."""
+    def _plans(self, gm: GraphModule) -> Iterator[tuple[Plan | str, list[_Layer], Spec]]:
+        """The layers of one graph that a pattern names, grouped by weight: each group's plan or why it stays."""
         chosen: list[tuple[list[_Layer], Spec]] = []
         for group in _groups(gm).values():
             index = matching(self._specs, _names(gm, group), group[0].matrix)
@@ -169,9 +191,10 @@ class BlockSparsify(ReversibleTransformation):
             first = group[0]
             reason = _shared(gm, group) or next(filter(None, (_unfit(gm, layer) for layer in group)), None)
             if reason is not None:
-                yield reason, group
+                yield reason, group, spec
                 continue
-            yield self._planner.plan(first.path, first.matrix, first.held_bias, spec, rows.get(first.x)), group
+            plan = self._planner.plan(first.path, first.matrix, first.held_bias, spec, rows.get(first.x))
+            yield plan, group, spec
 
 
 @dataclass(frozen=True)
@@ -213,6 +236,17 @@ def _layer(gm: GraphModule, node: Node) -> _Layer | Miss | None:
     return _Layer(node, x, weight, bias, held.t() if turned else held, own_bias, turned, found.dialect)
 
 
+def _unreadable(gm: GraphModule) -> Iterator[tuple[str, Tensor, str]]:
+    """The path and weight (out, in) of each `torch.nn.Linear` whose calls cannot be read as a layer, and why not."""
+    seen: set[str] = set()
+    for node in gm.graph.nodes:
+        path, layer = str(node.target), _layer(gm, node)
+        module = mechanism.submodule(gm, path) if node.op == "call_module" else None
+        if isinstance(layer, Miss) and type(module) is nn.Linear and path not in seen:
+            seen.add(path)
+            yield path, module.weight, layer.reason
+
+
 def _groups(gm: GraphModule) -> dict[int, list[_Layer]]:
     """The layers of a graph by the weight that they have."""
     found: dict[int, list[_Layer]] = {}
@@ -234,6 +268,9 @@ def _unfit(gm: GraphModule, layer: _Layer) -> str | None:
     """Why a layer cannot be made block-sparse; None if it can."""
     if reason := unfit(gm, layer.weight):
         return reason
+    held = mechanism.constant(gm, layer.weight)
+    if held is not None and (hook := hook_of(None, held)):
+        return f"{layer.path} has {hook}, which would be lost; remove that first"
     bias = mechanism.constant(gm, layer.bias)
     if layer.bias is not None and not Constant("").accepts(layer.bias):
         return f"the bias of {layer.node} is computed, expected a parameter or buffer"
@@ -264,10 +301,8 @@ def _apply(gm: GraphModule, group: Sequence[_Layer], layer: SparsifiedLinear) ->
     if group[0].dialect == "module":
         _apply_modules(gm, group, layer)
         return
-    base = path_of(group[0].weight)
-    owner = base.removesuffix(".weight") if base.endswith(".weight") else f"{base}_blocks"
-    first = _site(gm, group[0])
-    paths = [first.free(f"{owner}.{name}".lstrip(".")) for name in layer.TENSORS]
+    owner = _owner(gm, path_of(group[0].weight), layer.TENSORS)
+    paths = [f"{owner}.{name}" for name in layer.TENSORS]
     for name, path in zip(layer.TENSORS, paths, strict=True):
         register(gm, path, getattr(layer, name), persistent=name not in layer._non_persistent_buffers_set)
     for one in group:  # the node stays, so that layers which follow each other are rewrites of their own
@@ -278,6 +313,16 @@ def _apply(gm: GraphModule, group: Sequence[_Layer], layer: SparsifiedLinear) ->
         node.args, node.kwargs = layer.operands(one.x, one.bias, tensors), {}
         if isinstance(one.weight, Node) and not one.weight.users:
             erase(gm, [one.weight])
+
+
+def _owner(gm: GraphModule, weight: str, names: Sequence[str]) -> str:
+    """The path of the module to hold `names`: that of the weight's, or one beside it where such a name is taken."""
+    beside = (f"{weight}_blocks{f'_{i}' if i else ''}" for i in itertools.count())
+    for owner in itertools.chain([weight.removesuffix(".weight")] * weight.endswith(".weight"), beside):
+        free = mechanism.submodule(gm, owner) is not None or not exists(gm, owner)
+        if free and not any(exists(gm, f"{owner}.{name}") for name in names):
+            return owner
+    raise AssertionError("no free name")
 
 
 def _site(gm: GraphModule, layer: _Layer) -> Site:
@@ -297,55 +342,107 @@ def _apply_modules(gm: GraphModule, group: Sequence[_Layer], layer: SparsifiedLi
                 set_submodule(gm, tied, new)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What took the place of a weight, and of which."""
+
+    weight: str  # its path
+    turned: bool  # the weight was (in, out)
+    tensors: tuple[str, ...]  # the paths of what `SparsifiedLinear.TENSORS` names
+
+    def now(self, gm: GraphModule) -> tuple[Tensor, ...]:
+        """The tensors, those that are still there."""
+        found = (mechanism.constant(gm, Attr(path)) for path in self.tensors)
+        return tuple(t for t in found if t is not None)
+
+
+def _made(rewrite: Delta) -> Iterator[_Made]:
+    """What a rewrite made, by the nodes and the modules that it changed."""
+    for path, (_, slot) in rewrite.slots.items():
+        if slot is not None and isinstance(slot.value, SparsifiedLinear):
+            yield _Made(f"{path}.weight", False, tuple(f"{path}.{name}" for name in slot.value.TENSORS))
+    seen: set[str] = set()
+    for key, (before, after) in rewrite.nodes.items():
+        if before is None or after is None or after.target not in _OPERATORS:
+            continue
+        tensors = tuple(_read(rewrite, key, (after.args[1], *after.args[3:])))
+        gone = (p for p in _read(rewrite, key, map(Ref, sorted(before.refs()))) if _vanished(rewrite, p))
+        weight = next((p for p in gone if p is not None), None)
+        if weight is not None and tensors[0] not in seen:  # of tied layers the first stands for all
+            seen.add(tensors[0])
+            yield _Made(weight, "addmm" in str(before.target), tensors)
+
+
+_OPERATORS = (BlockSparseLinear.OPERATOR, SemiStructuredLinear.OPERATOR)
+# Parameters that were made -> by what they were rescaled, or None. Those of copies of a graph module are not in it.
+_FACTORS: Any = WeakIdKeyDictionary()
+
+
+def _read(rewrite: Delta, key: str, arguments: Iterable[Any]) -> Iterator[str]:
+    """The paths that those of the arguments of the node `key` read which the rewrite made or took out."""
+    for argument in arguments:
+        name = node_key(graph_of(key), argument.name) if isinstance(argument, Ref) else ""
+        for record in rewrite.nodes.get(name, ()):
+            if record is not None and record.op == "get_attr":
+                yield path_in(graph_of(key), str(record.target))
+
+
+def _vanished(rewrite: Delta, path: str) -> bool:
+    """Whether a matrix stood at `path` before, and nothing does after."""
+    before, after = rewrite.tensors().get(path, (None, None))
+    return before is not None and before.dim() == 2 and after is None
+
+
 def _carried(gm: GraphModule, rewrite: Delta, mode: Mode) -> Iterator[tuple[str, Tensor]]:
     """The original weights' paths with their new values."""
-    turned = set(_read_turned(rewrite))
-    tensors = rewrite.tensors()
-    gone = {p: a for p, (a, b) in tensors.items() if b is None and isinstance(a, Tensor) and a.dim() == 2}
-    for path, (former, made) in tensors.items():
-        owner = path.rpartition(".")[0]
-        weights = [p for p in gone if owner in (p.removesuffix(".weight"), f"{p}_blocks")]
-        if former is not None or not isinstance(made, nn.Parameter) or not weights:
-            continue
-        old = weights[0]
-        value = _edited(gm, path, gone[old].t() if old in turned else gone[old], mode)
-        yield old, (value.t() if old in turned else value).contiguous()
-
-
-def _read_turned(rewrite: Delta) -> Iterator[str]:
-    """The paths of weights (in, out)."""
-    for key, (before, _) in rewrite.nodes.items():
-        for name in () if before is None or "addmm" not in str(before.target) else before.refs():
-            read = rewrite.nodes.get(node_key(graph_of(key), name), (None, None))[0]
-            if read is not None and read.op == "get_attr":
-                yield path_in(graph_of(key), str(read.target))
+    for made in _made(rewrite):
+        former = rewrite.tensors()[made.weight][0]
+        assert former is not None
+        value = _edited(made.now(gm), former.t() if made.turned else former, mode)
+        yield made.weight, (value.t() if made.turned else value).contiguous()
 
 
 @torch.no_grad()
-def _edited(gm: GraphModule, path: str, weight: Tensor, mode: Mode) -> Tensor:
-    """What `weight` (out, in) is by what is at ``path``: zero elsewhere, or as it was."""
-    now, kept = _whole(gm, path)
-    rows, columns = weight.shape
-    now, kept = now[:rows, :columns], kept[:rows, :columns]
-    return now if mode == "zeros" else torch.where(kept != 0, now, weight.detach())
+def _written(gm: GraphModule, rewrite: Delta, rescaled: bool) -> list[Tensor]:
+    """
+    The parameters that a rewrite made and that hold other values since, though their versions do not say so.
+
+    Where some were `rescaled`, of a copy of a graph module nothing but the versions can tell.
+    """
+    found: dict[int, Tensor] = {}
+    for made in _made(rewrite):
+        former, slot = rewrite.slots[made.weight][0], rewrite.slots[made.tensors[0]][1]
+        now = made.now(gm)
+        known = former is not None and slot is not None and len(now) == len(made.tensors) and now[0] is slot.value
+        if not known or (rescaled and now[0] not in _FACTORS):
+            continue
+        assert former is not None and slot is not None
+        weight = former.value.t() if made.turned else former.value
+        if former.edited() or slot.edited() or now[0].is_inference():  # the versions say so, or there are none
+            continue
+        if not holds(*_whole(now, weight), weight, _FACTORS.get(now[0])):
+            found[id(now[0])] = now[0]
+    return list(found.values())
 
 
-def _whole(gm: GraphModule, path: str) -> tuple[Tensor, Tensor]:
-    """The weight whose parameter is at ``path``, and ones where it has elements; with the padding of its blocks."""
-    if path.rpartition(".")[2].startswith("values"):
-        values, metadata = (_sibling(gm, path, "values", name) for name in ("values", "metadata"))
-        return semi_structured.to_dense(values, metadata), semi_structured.to_dense(torch.ones_like(values), metadata)
-    data, crow, col, index = (_sibling(gm, path, "data", name) for name in ("data", "crow", "col", "index"))
+@torch.no_grad()
+def _edited(tensors: Sequence[Tensor], weight: Tensor, mode: Mode) -> Tensor:
+    """What `weight` (out, in) is by what took its place: zero elsewhere, or as it was; in the type of now."""
+    now, kept = _whole(tensors, weight)
+    return now if mode == "zeros" else torch.where(kept, now, weight.detach().to(now))
+
+
+def _whole(tensors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What the tensors of a layer make, of the shape of `weight` (out, in), and where it has elements."""
+    ones = torch.ones_like(tensors[0])
+    if len(tensors) == len(SemiStructuredLinear.TENSORS):
+        values, metadata = tensors
+        return semi_structured.to_dense(values, metadata), semi_structured.to_dense(ones, metadata) != 0
+    data, crow, col, index = tensors
     grid, row = (crow.numel() - 1, index.numel() - 3 * data.shape[0] - 1), index[: data.shape[0]]
-    return to_dense(data, row, col, grid), to_dense(torch.ones_like(data), row, col, grid)
-
-
-def _sibling(gm: GraphModule, path: str, first: str, name: str) -> Tensor:
-    """What stands beside `first`, under the same suffix."""
-    owner, _, last = path.rpartition(".")
-    found = mechanism.constant(gm, Attr(f"{owner}.{last.replace(first, name, 1)}".lstrip(".")))
-    assert found is not None
-    return found
+    rows, columns = weight.shape
+    whole, kept = (to_dense(blocks, row, col, grid)[:rows, :columns] for blocks in (data, ones))
+    return whole, kept != 0
 
 
 def _values(gm: GraphModule, nodes: Sequence[Node], inputs: Any) -> dict[Node, Tensor]:
@@ -360,7 +457,7 @@ def _values(gm: GraphModule, nodes: Sequence[Node], inputs: Any) -> dict[Node, T
     graph.set_codegen(codegen)
     probe = GraphModule(gm, graph)
     held: dict[Node, list[Tensor]] = {n: [] for n in nodes}
-    with torch.no_grad():
+    with evaluating(probe):
         for one in inputs if isinstance(inputs, list) else [inputs]:
             for node, value in zip(nodes, call(probe, one), strict=True):
                 held[node].append(rows_of(value))

@@ -11,12 +11,23 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fxopt.errors import Conflict, UsageError
 from fxopt.sparse.block_optimizer import following
-from fxopt.sparse.block_plan import CALIBRATION_ROWS, Plan, Planner, Spec, matching, pieces, rows_of, specified
-from fxopt.sparse.block_report import DENSE, LayerReport, SparsifyReport
+from fxopt.sparse.block_plan import (
+    CALIBRATION_ROWS,
+    Plan,
+    Planner,
+    Spec,
+    hook_of,
+    left,
+    matching,
+    rows_of,
+    specified,
+)
+from fxopt.sparse.block_report import LayerReport, SparsifyReport
 from fxopt.sparse.block_select import dense_weight
 from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
@@ -38,7 +49,30 @@ class _Patched:
     paths: tuple[str, ...]
     original: nn.Module
     layer: SparsifiedLinear
-    versions: tuple[int, ...]
+    factor: Tensor | None  # by which it was rescaled
+    places: tuple[Tensor, ...]  # a copy of what says where its weights stand
+    trained: bool  # whether its weights required gradients
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The original weight, as its module holds it."""
+        weight = self.original.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def edited(self) -> bool:
+        """Whether the layer holds anything but what it was made with, converted to another type or device at most."""
+        now = self.layer.tensors[1:]
+        if any(t.is_meta or not torch.equal(t, was.to(t.device)) for t, was in zip(now, self.places, strict=True)):
+            return True
+        return not self.layer.made_of(dense_weight(self.original)[0], self.factor)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Of the weight: what the layer was set to since it was made, or else what it was."""
+        now = self.layer.tensors[0].requires_grad
+        return self.weight.requires_grad if now == self.trained else now
 
 
 class BlockSparseModelPatcher:
@@ -82,35 +116,55 @@ class BlockSparseModelPatcher:
         tell the error of each layer. `optimizer` goes along with the parameters. `UsageError` for a pattern that
         matches no linear layer.
         """
-        planned = list(self._planned(model, inputs))
-        with following(optimizer, model) if optimizer is not None else ExitStack():
-            done = [_put(model, group, plan) for group, plan in planned if isinstance(plan, Plan) and plan.kept]
-        self._patched.setdefault(model, []).extend(one for group in done for one in group)
+        with torch.inference_mode(False), ExitStack() as rollback:  # what is made there could never be trained
+            planned = list(self._planned(model, inputs))
+            with following(optimizer, model) if optimizer is not None else ExitStack():
+                kept = [(group, plan) for group, plan in planned if isinstance(plan, Plan) and plan.kept]
+                done = [one for group, plan in kept for one in _put(model, group, plan, rollback)]
+            rollback.pop_all()
+        self._patched.setdefault(model, []).extend(done)
         return SparsifyReport(tuple(plan.report if isinstance(plan, Plan) else plan for _, plan in planned))
 
     def restore(self, model: nn.Module, mode: Mode | None = None, optimizer: Optimizer | None = None) -> None:
         """
         Give `model` its dense layers back: the original ones, with the original parameters.
 
-        Where blocks were trained since, `mode` says what the weight is: "zeros", the function of now, or "merge", the
-        trained blocks among the original rest; without it `Conflict` is raised, and nothing changed.
+        Where blocks were trained since, or written to in any way, `mode` says what the weight is: "zeros", the function
+        of now, or "merge", the trained blocks among the original rest; without it `Conflict` is raised, and nothing
+        changed. Where the model was moved or converted (`model.to(torch.bfloat16)`), so is the original; it requires
+        gradients as the layer does, if that was set since. `UsageError` for a model that this patcher did not patch.
         """
         if mode not in (None, "zeros", "merge"):
             raise UsageError(f"mode={mode!r} was given, expected 'zeros' or 'merge'")
+        if model not in self._patched:
+            self._check_unknown(model)
         patched = self._patched.get(model, [])
         for one in patched:
             for path in one.paths:
                 if _at(model, path) is not one.layer:
                     raise Conflict(f"{path} was replaced since it was made block-sparse; put it back first")
-        trained = [one.paths[0] for one in patched if _versions(one.layer) != one.versions]
-        if trained and mode is None:
-            raise Conflict(
-                f"{', '.join(trained[:3])}{', …' * (len(trained) > 3)} changed since; say mode='zeros' (the function "
-                "of now, dense) or mode='merge' (the changed blocks among the original weights)"
-            )
-        with following(optimizer, model) if optimizer is not None else ExitStack():
-            _restore(model, patched, mode)
+        with torch.inference_mode(False), ExitStack() as rollback:
+            edited = [one for one in patched if one.edited]
+            if edited and mode is None:
+                names = ", ".join(one.paths[0] for one in edited[:3]) + ", …" * (len(edited) > 3)
+                raise Conflict(
+                    f"{names} changed since; say mode='zeros' (the function of now, dense) or mode='merge' "
+                    "(the changed blocks among the original weights)"
+                )
+            with following(optimizer, model) if optimizer is not None else ExitStack():
+                _restore(model, patched, {id(one): mode for one in edited if mode is not None}, rollback)
+            rollback.pop_all()
         self._patched.pop(model, None)
+
+    @staticmethod
+    def _check_unknown(model: nn.Module) -> None:
+        """`UsageError` where layers are there that another patcher put, or that came with a copy."""
+        found = next((p for p, m in model.named_modules() if isinstance(m, SparsifiedLinear)), None)
+        if found is not None:
+            raise UsageError(
+                f"this patcher did not patch this {type(model).__name__}, which has a sparse layer at "
+                f"{found or 'its root'}; restore the very model that was patched, by the patcher that patched it"
+            )
 
     def _planned(self, model: nn.Module, inputs: Any) -> Iterator[tuple[list[_Layer], Plan | LayerReport]]:
         """Every layer that a pattern names, with those that are tied to it."""
@@ -134,7 +188,7 @@ class BlockSparseModelPatcher:
             module, path = group[0].module, group[0].paths[0]
             weight, bias = dense_weight(module)
             if reason := _refused(model, group):
-                yield group, _left(path, weight, spec, reason)
+                yield group, left(path, weight, spec, reason)
                 continue
             yield group, self._planner.plan(path, weight, bias, spec, calibration.get(id(module)))
 
@@ -178,22 +232,15 @@ def _refused(model: nn.Module, group: Sequence[_Layer]) -> str:
     for layer in group:
         if not all(layer.paths):
             return "it is the model itself; put it into a module"
-        if hooks := [n for n in _HOOKS if getattr(layer.module, n)]:
-            return f"it has {hooks[0].strip('_').replace('_', ' ')}, which would be lost; remove them first"
+        if hook := hook_of(layer.module, layer.module.weight):  # type: ignore[arg-type]
+            return f"it has {hook}, which would be lost; remove that first"
     return ""
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _left(path: str, weight: Tensor, spec: Spec, reason: str) -> LayerReport:
-    size, shape = weight.numel() * weight.element_size(), (weight.shape[0], weight.shape[1])
-    blocks = pieces(shape, spec.block)
-    return LayerReport(path, shape, spec.block, blocks, blocks, 1.0, None, size, size, {}, DENSE, reason)
-
-
-def _put(model: nn.Module, group: Sequence[_Layer], plan: Plan) -> list[_Patched]:
+def _put(model: nn.Module, group: Sequence[_Layer], plan: Plan, rollback: ExitStack) -> list[_Patched]:
     """Put the planned layer in place of each module of the group; they share its blocks."""
+    places = tuple(t.clone() for t in plan.layer.tensors[1:])
+    trained = plan.layer.tensors[0].requires_grad
     done = []
     for layer in group:
         new = plan.layer
@@ -202,26 +249,51 @@ def _put(model: nn.Module, group: Sequence[_Layer], plan: Plan) -> list[_Patched
             new = plan.layer.tied(bias)
         new.training = layer.module.training
         for path in layer.paths:
-            _set(model, path, new)
-        done.append(_Patched(layer.paths, layer.module, new, _versions(new)))
+            _set(model, path, new, rollback)
+        done.append(_Patched(layer.paths, layer.module, new, plan.factor, places, trained))
     return done
 
 
-def _restore(model: nn.Module, patched: Sequence[_Patched], mode: Mode | None) -> None:
-    made: dict[int, nn.Parameter] = {}
+def _restore(model: nn.Module, patched: Sequence[_Patched], edited: Mapping[int, Mode], rollback: ExitStack) -> None:
+    """Put the originals back; of those in `edited`, by id, with another weight."""
+    weights: dict[int, nn.Parameter] = {}  # by the former one, which several may have
     for one in patched:
-        original = one.original
-        if _versions(one.layer) != one.versions:
-            former = original.weight
-            assert isinstance(former, nn.Parameter)
-            if id(former) not in made:
-                value = edited_weight(dense_weight(original)[0], one.layer, mode or "zeros")
+        original, former = one.original, one.weight
+        was = (former.data, former.requires_grad, original.bias, original.training)
+        rollback.callback(_put_back, original, former, *was)
+        if id(former) not in weights:
+            if id(one) in edited:
+                value = edited_weight(dense_weight(original)[0], one.layer, edited[id(one)])
                 value = value.t().contiguous() if dense_weight(original)[0] is not former else value
-                made[id(former)] = nn.Parameter(value, requires_grad=former.requires_grad)
-            original.weight = made[id(former)]
+                weights[id(former)] = nn.Parameter(value, requires_grad=one.requires_grad)
+            else:
+                flag = one.requires_grad
+                weights[id(former)] = _converted(former, one.layer.tensors[0])
+                _require_gradients(weights[id(former)], flag)
+        original.weight = weights[id(former)]
+        original.bias = one.layer.bias  # type: ignore[assignment]
         original.training = one.layer.training
         for path in one.paths:
-            _set(model, path, original)
+            _set(model, path, original, rollback)
+
+
+def _put_back(
+    original: nn.Module, weight: nn.Parameter, data: Tensor, requires_grad: bool, bias: Any, training: bool
+) -> None:
+    weight.data = data
+    _require_gradients(weight, requires_grad)
+    original.weight, original.bias, original.training = weight, bias, training
+
+
+def _require_gradients(weight: nn.Parameter, wanted: bool) -> None:
+    if weight.requires_grad != wanted:  # else it need not be asked, which a tensor of inference mode must not be
+        weight.requires_grad_(wanted)
+
+
+def _converted(weight: nn.Parameter, like: Tensor) -> nn.Parameter:
+    """`weight` in the type and on the device of `like`: the same object, its gradient too, as `Module.to` does it."""
+    made: nn.Parameter = nn.ParameterList([weight]).to(like)[0]
+    return made
 
 
 @torch.no_grad()
@@ -233,10 +305,6 @@ def edited_weight(original: Tensor, layer: SparsifiedLinear, mode: Mode) -> Tens
     return torch.where(layer.kept, now, original.detach().to(now))
 
 
-def _versions(layer: SparsifiedLinear) -> tuple[int, ...]:
-    return (id(layer.tensors[0]), *(tensor._version for tensor in layer.tensors))
-
-
 def _at(model: nn.Module, path: str) -> nn.Module | None:
     try:
         return model.get_submodule(path)
@@ -244,17 +312,20 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+def _set(model: nn.Module, path: str, module: nn.Module, rollback: ExitStack) -> None:
     owner, _, name = path.rpartition(".")
-    model.get_submodule(owner)._modules[name] = module
+    children = model.get_submodule(owner)._modules
+    rollback.callback(children.__setitem__, name, children[name])
+    children[name] = module
 
 
 @contextmanager
 def _hooked(modules: Sequence[nn.Module], held: dict[int, list[Tensor]]) -> Iterator[None]:
-    def hook(module: nn.Module, arguments: Any) -> None:
-        held.setdefault(id(module), []).append(rows_of(arguments[0]))
+    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        (x,) = (*arguments, *keywords.values())  # whatever it is called
+        held.setdefault(id(module), []).append(rows_of(x))
 
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
         yield
     finally:
@@ -265,16 +336,33 @@ def _hooked(modules: Sequence[nn.Module], held: dict[int, list[Tensor]]) -> Iter
 def _captured(model: nn.Module, modules: Sequence[nn.Module], inputs: Any) -> dict[int, Tensor]:
     """The inputs that each module gets, by id: at most `CALIBRATION_ROWS` rows."""
     held: dict[int, list[Tensor]] = {}
-    was = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), _hooked(modules, held):
-            for one in inputs if isinstance(inputs, list) else [inputs]:
-                call(model, one)
-    finally:
-        for module, training in was:
-            module.training = training
+    with evaluating(model), _hooked(modules, held):
+        for one in inputs if isinstance(inputs, list) else [inputs]:
+            call(model, one)
     return {key: rows_of(torch.cat(parts), CALIBRATION_ROWS) for key, parts in held.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let the body run `model` in eval mode, without gradients; its modes and buffers and torch's chance stay."""
+    modes = [(m, m.training) for m in model.modules()]
+    tables = [(m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    buffers = {id(b): b for _, held in tables for b in held.values() if b is not None and not is_lazy(b)}
+    gpus = {t.device for t in (*model.parameters(), *buffers.values()) if t.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(list(gpus)):
+        copies = {key: b.clone() for key, b in buffers.items()}  # written to in the place of the buffers
+        try:
+            for module, _ in modes:
+                module.training = False  # eval() may do more, which nothing would undo
+            for table, held in tables:
+                table.update({name: copies.get(id(b), b) for name, b in held.items()})
+            yield
+        finally:
+            for table, held in tables:
+                table.clear()
+                table.update(held)
+            for module, training in modes:
+                module.training = training
 
 
 def call(function: Any, inputs: Any) -> Any:

@@ -16,7 +16,7 @@ from fxopt.errors import UsageError
 from fxopt.kernels.semi_structured import accelerated
 from fxopt.sparse.block_linear import BlockSparseLinear, checked_block, grid
 from fxopt.sparse.block_report import BLOCKS, DENSE, PAIRS, LayerReport, Timing
-from fxopt.sparse.block_select import Select, check_select, count, kept_blocks
+from fxopt.sparse.block_select import Select, check_select, count, dense_mask, kept_blocks
 from fxopt.sparse.semi_structured import SELECTS, SemiStructuredLinear, has_pairs, kept_pairs
 from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
@@ -43,15 +43,20 @@ class Spec:
     rescale: bool = False
 
     def __post_init__(self) -> None:
+        if hasattr(self.density, "shape"):
+            kind = type(self.density).__name__
+            raise UsageError(f"a {kind} was given as density, expected a number in (0, 1]; give a mask as select")
+        named = isinstance(self.select, str)  # nothing else is compared with a string: of an array, that is an array
+        object.__setattr__(self, "select", self.select.strip() if named else dense_mask(self.select))
         check_select(self.select)
-        if self.block == PAIRS:
-            if self.density not in (None, 0.5) or not isinstance(self.select, str) or self.select not in SELECTS:
+        if isinstance(self.block, str) and self.block == PAIRS:
+            if self.density not in (None, 0.5) or not named or self.select not in SELECTS:
                 raise UsageError(f'block="2:4" keeps 0.5 by {", ".join(SELECTS)}; leave density out, and select so')
             return
         object.__setattr__(self, "block", checked_block(self.block))  # type: ignore[arg-type]
         if self.density is not None:
             count(self.density, 1)
-        elif self.select in ("magnitude", "activation", "balanced") or str(self.select).startswith("random"):
+        elif named and self.select != "existing":
             raise UsageError(f"select={self.select!r} needs a density, a number in (0, 1]")
 
     def offers_pairs(self, weight: Tensor) -> bool:
@@ -141,6 +146,7 @@ class Plan:
     path: str
     layer: SparsifiedLinear
     report: LayerReport
+    factor: Tensor | None = None  # by which its outputs were rescaled
 
     @property
     def kept(self) -> bool:
@@ -173,13 +179,15 @@ class Planner:
         """What becomes of the layer `weight` (out, in), `bias`, by `spec`; `inputs` (rows, in) are its calibration."""
         try:
             contenders = self._contenders(weight, bias, spec, inputs)
+            factors = {n: c.rescale(weight, inputs) for n, c in contenders.items()} if spec.rescale else {}
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
         asked = next(iter(contenders))
         timings = self._timings(weight, bias, contenders) if self.guard == "auto" else {}
         decision, reason = _decided(timings) if timings else (asked, "")
-        layer = contenders.get(decision, contenders[asked])
-        return Plan(path, layer, _report(path, weight, layer, inputs, timings, decision, reason))
+        name = decision if decision in contenders else asked
+        report = _report(path, weight, contenders[name], inputs, timings, decision, reason)
+        return Plan(path, contenders[name], report, factors.get(name))
 
     def _contenders(
         self, weight: Tensor, bias: nn.Parameter | None, spec: Spec, inputs: Tensor | None
@@ -191,8 +199,6 @@ class Planner:
             found[BLOCKS] = BlockSparseLinear.of(weight, bias, mask, spec.block)
         if spec.block == PAIRS or (self.guard == "auto" and accelerated(weight) and spec.offers_pairs(weight)):
             found[PAIRS] = SemiStructuredLinear.of(weight, bias, kept_pairs(weight, spec.select, inputs))
-        for layer in found.values() if spec.rescale else ():
-            layer.rescale(weight, inputs)
         return found
 
     def _timings(
@@ -263,6 +269,13 @@ def _report(
     )
 
 
+def left(path: str, weight: Tensor, spec: Spec, reason: str) -> LayerReport:
+    """The report of a layer with `weight` (out, in) that stays dense for a `reason`, whatever it would become."""
+    size, shape = weight.numel() * weight.element_size(), (weight.shape[0], weight.shape[1])
+    blocks = pieces(shape, spec.block)
+    return LayerReport(path, shape, spec.block, blocks, blocks, 1.0, None, size, size, {}, DENSE, reason)
+
+
 def pieces(shape: tuple[int, int], block: tuple[int, int] | str) -> int:
     """In how many pieces a weight (out, in) is cut: blocks, or for 2:4 its weights."""
     rows, columns = grid(*shape, block) if isinstance(block, tuple) else shape
@@ -277,6 +290,29 @@ def output_error(weight: Tensor, layer: SparsifiedLinear, inputs: Tensor) -> flo
     lost = wanted - x @ layer.dense().detach().double().t()
     norm = float(wanted.norm())
     return float(lost.norm()) / norm if norm else 0.0
+
+
+def hook_of(module: nn.Module | None, weight: Tensor) -> str:
+    """What was attached to a layer or its weight and would be lost, in words; "" where nothing is."""
+    held = vars(module) if module is not None else {}
+    for name in _HOOKS:
+        if held.get(name):
+            return name.strip("_").replace("_", " ")
+    if "forward" in held:
+        return "a forward of its own"
+    return "hooks on its weight" if weight._backward_hooks or weight._post_accumulate_grad_hooks else ""
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def rows_of(x: Tensor, limit: int = CALIBRATION_ROWS) -> Tensor:

@@ -64,7 +64,12 @@ class SparsifyReport:
         return len(self.layers)
 
     def __getitem__(self, path: str) -> LayerReport:
-        return next(layer for layer in self.layers if layer.path == path)
+        found = next((layer for layer in self.layers if layer.path == path), None)
+        if found is None:
+            raise KeyError(
+                f"no pattern named {path!r}; the layers are {', '.join(x.path for x in self.layers) or 'none'}"
+            )
+        return found
 
     @property
     def changed(self) -> tuple[LayerReport, ...]:

@@ -115,7 +115,7 @@ def moments(weight: Tensor, inputs: Tensor | None) -> Tensor:
 
 
 def _from_mask(select: Any, weight: Tensor, block: Grid, grid: Grid) -> Tensor:
-    mask = _dense_mask(select)
+    mask = dense_mask(select)
     if tuple(mask.shape) == grid and grid != tuple(weight.shape):
         return mask
     if mask.shape == weight.shape:
@@ -125,8 +125,16 @@ def _from_mask(select: Any, weight: Tensor, block: Grid, grid: Grid) -> Tensor:
     )
 
 
-def _dense_mask(mask: Any) -> Tensor:
+def dense_mask(mask: Any) -> Tensor:
+    """A mask in any of its forms as a dense bool tensor, which shares no memory with numpy; `UsageError` if none."""
     if hasattr(mask, "tocoo"):  # scipy's sparse matrices, which need not be installed
         mask = mask.astype(bool).toarray()
-    given: Tensor = torch.as_tensor(mask)
-    return (given if given.layout is torch.strided else given.to_dense()).ne(0)
+    try:
+        given: Tensor = mask if isinstance(mask, Tensor) else torch.as_tensor(mask).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(mask).__name__
+        raise UsageError(
+            f"a {kind} was given to select, expected {', '.join(NAMES)}, random(SEED) or a mask"
+        ) from error
+    given = given if given.layout is torch.strided else given.to_dense()
+    return given if given.dtype is torch.bool else given.ne(0)

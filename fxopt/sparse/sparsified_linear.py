@@ -65,10 +65,10 @@ class SparsifiedLinear(nn.Module):
         return new.train(self.training)
 
     @torch.no_grad()
-    def rescale(self, weight: Tensor, inputs: Tensor | None = None) -> None:
+    def rescale(self, weight: Tensor, inputs: Tensor | None = None) -> Tensor:
         """
         Scale each output, so that it comes closest to that of the dense `weight` on `inputs` (by least squares), or,
-        without inputs, so that its weights have the norm that they had.
+        without inputs, so that its weights have the norm that they had. Returns the factors (out,).
         """
         wide = torch.promote_types(weight.dtype, torch.float32)  # sums of squares are beyond float16
         weight, kept = weight.to(wide), self.dense().to(wide)
@@ -78,4 +78,30 @@ class SparsifiedLinear(nn.Module):
             x = inputs.reshape(-1, self.in_features).to(weight)
             wanted, found = x @ weight.t(), x @ kept.t()
             factor = (wanted * found).sum(0) / found.square().sum(0)
-        self.scale(torch.where(factor.isfinite(), factor, torch.ones_like(factor)))
+        factor = torch.where(factor.isfinite(), factor, torch.ones_like(factor))
+        self.scale(factor)
+        return factor
+
+    @torch.no_grad()
+    def made_of(self, weight: Tensor, factor: Tensor | None = None) -> bool:
+        """
+        Whether the layer holds what it was made with: `weight` (out, in) at the places that it keeps, times the
+        `factor` of `rescale`, to the bit; in its own type and on its own device, if it was moved since.
+        """
+        now, kept = self.dense().detach(), self.kept
+        return holds(now, kept, weight, factor)
+
+
+def holds(now: Tensor, kept: Tensor, weight: Tensor, factor: Tensor | None) -> bool:
+    """Whether `now` is `weight` (out, in) where `kept` is true, times `factor` (out,), and zero elsewhere, bitwise."""
+    if now.is_meta or now.shape != weight.shape:
+        return False
+    made = weight.detach().to(now.device)
+    if factor is not None:
+        made = made.clone().mul_(factor.to(now.device).unsqueeze(1))
+    made = torch.where(kept, made.to(now.dtype), torch.zeros_like(now))
+    bits = _BITS[now.element_size()]  # NaN is itself, and 0.0 is not -0.0
+    return torch.equal(made.view(bits), now.contiguous().view(bits))
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -8,7 +8,7 @@ from torch import nn
 
 from fxopt.errors import Conflict, UsageError
 from fxopt.models import build
-from fxopt.sparse import BlockSparseLinear, BlockSparseModelPatcher, Spec, following
+from fxopt.sparse import BlockSparseLinear, BlockSparseModelPatcher, Spec, block_patcher, following
 
 IDS = {"input_ids": torch.arange(5, 37).reshape(2, 16)}
 
@@ -172,6 +172,9 @@ def test_a_predicate_and_a_spec():
         ("(", 0.5, "is no regular expression"),
         ("x", {"densty": 0.5}, "its options are density, block, select, rescale"),
         ("x", {"select": "magnitude"}, "needs a density"),
+        ("x", {"select": None}, "a NoneType was given to select, expected magnitude"),
+        ("x", {"select": [[1, 0], [1]]}, "a list was given to select"),
+        ("x", torch.ones(2, 2), "a Tensor was given as density, expected a number"),
         (3, 0.5, "expected a regular expression or a predicate"),
         (r"encoder\.layer\.0\.output\.dense", (0.5, (16, 16), torch.ones(9, 9)), "output.dense: a mask of shape"),
     ),
@@ -184,12 +187,176 @@ def test_bad_input_leaves_the_model_alone(pattern, spec, message):
     assert "\n" not in str(caught.value) and same(model, before)
 
 
-def test_no_pattern_and_hooks():
+def test_no_pattern():
     with pytest.raises(UsageError, match="no pattern was given"):
         BlockSparseModelPatcher().patch_model(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("attach", "reason"),
+    (
+        (lambda m: m.register_forward_hook(lambda *a: None), "it has forward hooks, which would be lost"),
+        (lambda m: m.register_state_dict_pre_hook(lambda *a: None), "it has state dict pre hooks"),
+        (lambda m: setattr(m, "forward", lambda x: x), "it has a forward of its own"),
+        (lambda m: m.weight.register_hook(lambda g: g), "it has hooks on its weight"),
+        (lambda m: m.weight.register_post_accumulate_grad_hook(lambda p: None), "it has hooks on its weight"),
+    ),
+)
+def test_what_would_be_lost_is_a_reason_to_stay(attach, reason):
     model = nn.Sequential(nn.Linear(64, 64))
-    model[0].register_forward_hook(lambda *a: None)
-    assert "forward hooks" in patcher(**{"0": 0.5}).patch_model(model)["0"].reason
+    attach(model[0])
+    assert reason in patcher(**{"0": 0.5}).patch_model(model)["0"].reason and type(model[0]) is nn.Linear
+
+
+FORMS = {
+    "blocks": ((0.5, (16, 16)), {}),
+    "rescaled": ((0.5, (16, 16), "magnitude", True), {}),
+    "calibrated": ((0.5, (16, 16), "activation", True), {"inputs": torch.randn(9, 64)}),
+    "pairs": (Spec(block="2:4", rescale=True), {}),
+}
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64, bias=False))
+
+
+def patched(form):
+    model, (spec, options) = small(), FORMS[form]
+    with torch.no_grad():
+        model[0].weight[0, 0], model[0].weight[1, 1] = float("nan"), -0.0
+    made = patcher(**{"[02]": spec})
+    assert len(made.patch_model(model, **options).changed) == 2
+    return model, made
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("move", (lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m))
+def test_what_was_only_converted_comes_back_converted(form, move):
+    model, made = patched(form)
+    weight = made._patched[model][0].original.weight
+    wanted = move(nn.Parameter(weight.detach().clone()))
+    move(model)
+    made.restore(model)
+    assert model[0].weight is weight and weight.dtype is wanted.dtype
+    assert torch.equal(weight.detach().nan_to_num(7), wanted.detach().nan_to_num(7))
+    assert model(torch.ones(2, 64, dtype=weight.dtype)).dtype is weight.dtype
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_edit_that_no_version_tells_is_an_edit(form):
+    model, made = patched(form)
+    model[2].tensors[0].data.mul_(3.0)
+    function = model(torch.ones(2, 64))
+    with pytest.raises(Conflict, match=r"^2 changed since; say mode"):
+        made.restore(model)
+    assert torch.equal(model(torch.ones(2, 64)).nan_to_num(7), function.nan_to_num(7))
+    weight = model[2].weight.detach()
+    made.restore(model, "zeros")
+    assert torch.equal(model[2].weight, weight)
+
+
+def test_blocks_that_were_moved_elsewhere_are_an_edit():
+    model, made = patched("blocks")
+    model[2].col.data.copy_(model[2].col.flip(0))
+    with pytest.raises(Conflict, match=r"^2 changed since"):
+        made.restore(model)
+
+
+def test_the_gradient_flag_that_was_set_last_counts():
+    model, made = patched("blocks")
+    model.requires_grad_(False)
+    made.restore(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    made.patch_model(model)
+    model[0].data.requires_grad_(True)
+    model[2].data.data.mul_(2.0)
+    made.restore(model, "merge")
+    assert model[0].weight.requires_grad and not model[2].weight.requires_grad
+
+
+def test_a_bias_that_took_the_place_of_another_stays():
+    model, made = patched("blocks")
+    model[0].bias = bias = nn.Parameter(torch.ones(64))
+    made.restore(model)
+    assert model[0].bias is bias
+
+
+@pytest.mark.parametrize("born", (True, False))
+def test_in_inference_mode(born):
+    made = patcher(**{"[02]": (0.5, (16, 16))})
+    with torch.inference_mode(born):
+        model = small()
+    before = state(model)
+    with torch.inference_mode():
+        made.patch_model(model)
+        model(torch.ones(2, 64))
+    assert not model[0].data.is_inference()
+    with torch.inference_mode():
+        made.restore(model)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("when", ("patch", "restore"))
+def test_all_or_nothing(when, monkeypatch):
+    model, made = small(), patcher(**{"[02]": (0.5, (16, 16))})
+    optimizer = torch.optim.AdamW(model.parameters())
+    if when == "restore":
+        made.patch_model(model)
+        model.half()
+    before, layers, first = state(model), [*model], model[0]
+    calls, put = [], block_patcher._set
+
+    def failing(*arguments):
+        if calls:
+            raise RuntimeError("no memory")
+        calls.append(put(*arguments))
+
+    monkeypatch.setattr(block_patcher, "_set", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        made.patch_model(model, optimizer=optimizer) if when == "patch" else made.restore(model, optimizer=optimizer)
+    assert calls and [*model] == layers and model[0] is first and same(model, before)
+    monkeypatch.undo()
+    if when == "patch":
+        made.restore(model)  # which it knows nothing to restore of
+        made.patch_model(model)
+    made.restore(model)
+    assert type(model[0]) is type(model[2]) is nn.Linear
+
+
+def test_what_this_patcher_did_not_patch():
+    model, made = patched("blocks")
+    for other, its in ((copy.deepcopy(model), made), (model, patcher()), (model[0], made)):
+        with pytest.raises(UsageError, match=r"this patcher did not patch this .* has a sparse layer at") as caught:
+            its.restore(other)
+        assert "\n" not in str(caught.value)
+    made.restore(model)
+    made.restore(model)
+
+
+class Counting(nn.Module):
+    """Leaves traces in all that calibration could: buffers, modes, the generator; calls its layer by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(64), nn.Linear(64, 64)
+        self.register_buffer("calls", torch.zeros(()))
+        self.norm.eval()
+
+    def forward(self, x):
+        self.calls += 1
+        return self.fc(input=nn.functional.dropout(self.norm(x)))
+
+
+def test_calibration_leaves_no_trace():
+    model = Counting()
+    inputs, before, versions = torch.randn(5, 64), state(model), [b._version for b in model.buffers()]
+    chance, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    report = patcher(fc=(0.5, (16, 16), "activation")).patch_model(model, inputs=inputs)
+    assert report["fc"].error > 0 and [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), chance) and [b._version for b in model.buffers()][:4] == versions
+    now = {k: (i, v) for k, i, v in state(model)}
+    assert all(now[k][0] == i and torch.equal(now[k][1], v) for k, i, v in before if k != "fc.weight")
 
 
 def test_what_was_replaced_since_is_not_restored():
@@ -215,4 +382,6 @@ def test_the_report_shows_everywhere():
     report = patcher().patch_model(model, inputs=[IDS, IDS])
     for text in (str(report), report._repr_html_()):
         assert "encoder.layer.0.output.dense" in text and "4 of 4 layers are block-sparse" in text
+    with pytest.raises(KeyError, match=r"no pattern named 'x'; the layers are encoder\.layer\.0"):
+        report["x"]
     assert report.to_json()["layers"][0]["kept"] == report.layers[0].kept and report.layers[0].density == 0.5

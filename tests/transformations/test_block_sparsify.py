@@ -6,6 +6,7 @@ import itertools
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import scipy.sparse
 import torch
 from torch import nn
 
@@ -329,6 +330,25 @@ def test_settled_it_is_saved_and_loaded(tmp_path):
     assert "block_linear" not in again.code
 
 
+def test_settled_by_what_was_planned_not_by_matching_again():
+    gm, asked = fxopt.capture(Net().eval(), X()), []
+
+    def wide(path, weight):
+        asked.append(path)
+        return weight.shape == (64, 48)
+
+    sparsify = force({wide: 0.5, lambda path, w: w.numel() > 2000: Spec(0.25, (16, 16), rescale=True)})
+    assert [x.path for x in sparsify.plan(gm).changed] == ["up", "down"]
+    settled = sparsify.settled(gm)
+    assert settled.patterns == (
+        ("up", 0.5, (32, 32), "magnitude", False),
+        ("down", 0.25, (16, 16), "magnitude", True),
+    )
+    asked.clear()
+    settled(gm)
+    assert not asked and {n for n, _ in gm.named_parameters() if "data" in n} == {"up.data", "down.data"}
+
+
 @pytest.mark.parametrize(
     "spec", ((0.25, (16, 16), "magnitude", False), (0.5, (16, 16), "activation", True)), ids=("plain", "calibrated")
 )
@@ -398,12 +418,88 @@ def test_what_calibration_chose_is_saved_and_loaded(spec, given, tmp_path):
     assert "block_linear" not in again.code
 
 
-def test_a_mask_is_saved_and_loaded(tmp_path):
+@pytest.mark.parametrize("density", (None, 0.5))
+@pytest.mark.parametrize("kind", ("torch", "numpy", "list", "csr", "bsr"))
+def test_a_mask_is_saved_and_loaded(kind, density, tmp_path):
     gm, x = fxopt.capture(Net().eval(), X()), X()
-    weight = next(p for n, p in gm.named_parameters() if n == "up.weight")
-    force({"up": (None, (16, 16), weight.abs() > weight.abs().quantile(0.999))}).settled(gm)(gm)
+    weight = next(p for n, p in gm.named_parameters() if n == "up.weight").detach()
+    mask = weight.abs() > weight.abs().quantile(0.999)
+    numbers = mask.float().numpy()
+    forms = {"torch": mask, "numpy": mask.numpy(), "list": mask.tolist()}
+    forms |= {"csr": scipy.sparse.csr_array(numbers), "bsr": scipy.sparse.bsr_array(numbers, blocksize=(16, 16))}
+    force({"up": Spec(density, (16, 16), forms[kind])}).settled(gm)(gm)
+    assert 0 < gm.up.data.shape[0] < 12 and torch.equal(history(gm)[0].transformation.patterns[0][3], mask)
     fxopt.save(gm, tmp_path / "saved")
     assert torch.equal(fxopt.load(tmp_path / "saved")(*x), gm(*x))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    ("options", "copied"), (({}, False), ({}, True), ({"rescale": True}, False)), ids=("plain", "copied", "rescaled")
+)
+@pytest.mark.parametrize("block", ((16, 16), "2:4"), ids=("blocks", "pairs"))
+def test_an_edit_that_no_version_tells_is_an_edit(dialect, options, block, copied):
+    gm, x = trace(Net(sizes=WIDE).eval(), X(size=64), dialect), X(size=64)
+    before, sparsify = state(gm), force({".*": Spec(0.5, block, **options)})
+    sparsify(gm)
+    sparsify.reverse(gm)
+    assert state(gm) == before
+    sparsify(gm)
+    if copied:
+        gm = copy.deepcopy(gm)
+    name = "up.data" if block != "2:4" else "up.values"
+    gm.get_parameter(name).data.mul_(3.0)
+    trained = gm(*x)
+    with pytest.raises(Conflict, match=rf"made {name}, edited since.*say mode='zeros'"):
+        sparsify.reverse(gm)
+    assert torch.equal(gm(*x), trained)
+    sparsify.reverse(gm, mode="zeros")
+    torch.testing.assert_close(gm(*x), trained)
+
+
+@pytest.mark.parametrize("mode", ("zeros", "merge"))
+def test_a_converted_graph_gets_converted_weights(mode):
+    gm, sparsify = trace(Net().eval(), X(), "aten"), force({".*": (0.5, (16, 16))})
+    original = gm.up.weight.detach().bfloat16()
+    sparsify(gm)
+    gm.to(torch.bfloat16)
+    with pytest.raises(Conflict, match="say mode='zeros'"):
+        sparsify.reverse(gm)
+    sparsify.reverse(gm, mode=mode)
+    assert gm.up.weight.dtype is gm.down.weight.dtype is torch.bfloat16
+    assert mode == "zeros" or torch.equal(gm.up.weight, original)
+
+
+class Named(nn.Module):
+    """A layer among whose own buffers are the names of blocks."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.fc = nn.Linear(64, 64, bias=False)
+        for name in names:
+            self.fc.register_buffer(name, torch.randperm(64))
+        self.names = names
+
+    def forward(self, x):
+        y = nn.functional.linear(x, self.fc.weight)
+        for name in self.names:
+            y = y[:, getattr(self.fc, name)]
+        return y
+
+
+@pytest.mark.parametrize("names", (("index",), ("data", "weight_blocks"), ("crow", "col", "values", "metadata")))
+@pytest.mark.parametrize("spec", ((0.5, (16, 16)), PAIRS), ids=("blocks", "pairs"))
+def test_names_that_are_taken(names, spec):
+    gm, x = trace(Named(*names).eval(), X(size=64), "function"), X(size=64)
+    before, sparsify = state(gm), force({"fc": spec})
+    sparsify(gm)
+    assert all(torch.equal(b, gm.get_buffer(n)) for n, b in gm.named_buffers() if n.rpartition(".")[2] in names)
+    with torch.no_grad():
+        next(p for n, p in gm.named_parameters()).mul_(2.0)
+    trained = gm(*x)
+    sparsify.reverse(gm, mode="zeros")
+    torch.testing.assert_close(gm(*x), trained)
+    assert [k for k, *_ in state(gm)] == [k for k, *_ in before]
 
 
 class Embedded(nn.Module):
@@ -433,6 +529,7 @@ def test_a_weight_that_is_an_embedding_too_stays(dialect):
         ({"up": (0.5, (16, 16), "activation")}, 'up: select="activation" needs inputs'),
         ({"up": Spec(select=torch.ones(7, 7))}, r"up: a mask of shape \(7, 7\) was given"),
         ({"up": PAIRS}, r"up: a weight of shape \(64, 48\) was given, expected multiples of 32 and 64 for 2:4"),
+        ({"up": Spec(select=[[True], [True]])}, r"up: a mask of shape \(2, 1\) was given"),
         (["up"], "expected a regular expression|was given, expected"),
     ),
 )
@@ -442,3 +539,43 @@ def test_bad_input_leaves_the_graph_alone(patterns, message):
     with pytest.raises(fxopt.errors.FxoptError, match=message) as caught:
         force(patterns)(gm)
     assert "\n" not in str(caught.value) and gm.code == code and state(gm) == before
+
+
+def test_calibration_leaves_no_trace():
+    model = nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 64), nn.Dropout()).train()
+    gm, x = torch.fx.symbolic_trace(model), torch.randn(8, 64) + 3
+    before, content = state(gm), {k: v.clone() for k, v in gm.state_dict().items()}
+    versions, chance = [t._version for t in gm.state_dict().values()], torch.get_rng_state()
+    sparsify = force({"1": (0.5, (32, 32), "activation")}, inputs=x)
+    report = sparsify.plan(gm)
+    assert state(gm) == before and [t._version for t in gm.state_dict().values()] == versions
+    assert all(torch.equal(v, content[k]) for k, v in gm.state_dict().items())
+    assert all(m.training for m in gm.modules()) and torch.equal(torch.get_rng_state(), chance)
+    with torch.no_grad():
+        seen = copy.deepcopy(model).eval()[0](x)
+    assert report["1"].error == pytest.approx(block_plan.output_error(model[1].weight, _made(model[1], seen), seen))
+    sparsify(gm)
+    assert type(getattr(gm, "1")) is BlockSparseLinear and gm(x).isfinite().all()
+
+
+def _made(linear, inputs):
+    return BlockSparseLinear.from_dense(linear, 0.5, select="activation", inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("attach", "reason"),
+    (
+        (lambda m: m.register_forward_hook(lambda *a: None), "up has hooks"),
+        (lambda m: m.weight.register_hook(lambda g: g), "up has hooks on its weight, which would be lost"),
+    ),
+)
+def test_what_would_be_lost_is_a_reason_to_stay(attach, reason):
+    model = Net().eval()
+    attach(model.up)
+    gm = torch.fx.symbolic_trace(model)
+    sparsify, code = force({"up": 0.5}), gm.code
+    report = sparsify.plan(gm)
+    assert not report.changed and reason in report["up"].reason and "nothing was changed" in report.summary
+    assert any(reason in m.reason for m in sparsify.misses(gm))
+    sparsify(gm)
+    assert gm.code == code and type(gm.up) is nn.Linear
