@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -83,7 +83,7 @@ class BlockSparseModelPatcher:
         matches no linear layer.
         """
         planned = list(self._planned(model, inputs))
-        with following(optimizer, model) if optimizer is not None else ExitStack():
+        with following(optimizer, model):
             done = [_put(model, group, plan) for group, plan in planned if isinstance(plan, Plan) and plan.kept]
         self._patched.setdefault(model, []).extend(one for group in done for one in group)
         return SparsifyReport(tuple(plan.report if isinstance(plan, Plan) else plan for _, plan in planned))
@@ -108,7 +108,7 @@ class BlockSparseModelPatcher:
                 f"{', '.join(trained[:3])}{', …' * (len(trained) > 3)} changed since; say mode='zeros' (the function "
                 "of now, dense) or mode='merge' (the changed blocks among the original weights)"
             )
-        with following(optimizer, model) if optimizer is not None else ExitStack():
+        with following(optimizer, model):
             _restore(model, patched, mode)
         self._patched.pop(model, None)
 
