@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from fxopt.errors import UsageError
 from fxopt.kernels.block_linear import block_gradient, transposed_index
 from fxopt.sparse.block_linear import BlockSparseLinear
+from fxopt.sparse.block_optimizer import operands
 
 Grow = Literal["random", "gradient"]
 
@@ -80,11 +82,13 @@ class BlockRegrow:
             raise UsageError(f"grow={grow!r} was given, expected 'random' or 'gradient'")
         if candidates < 1:
             raise UsageError(f"candidates={candidates!r} was given, expected at least 1: as many as are grown")
-        self._layers = list(_layers(model))
-        if not self._layers:
+        found = _layers(model)
+        self._layers = list(found.values())
+        if not found:
             raise UsageError("the model has no block-sparse layer; make some with BlockSparsify or from_dense")
-        self._modules = {id(m.data): m for m in model.modules() if isinstance(m, BlockSparseLinear)}
-        if grow == "gradient" and (lost := [x.path for x in self._layers if id(x.data) not in self._modules]):
+        self._modules = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
+        read = {id(data) for m in model.modules() if isinstance(m, GraphModule) for data, *_ in _weights(m)}
+        if grow == "gradient" and (lost := [x.path for i, x in found.items() if i in read]):
             raise UsageError(
                 f"{lost[0]} is no BlockSparseLinear module, whose gradient could be seen; use grow='random'"
             )
@@ -109,9 +113,12 @@ class BlockRegrow:
             _, free = self._weak_and_free(layer)
             places = free[: int(self._candidates * self._count(layer, free))].sort().values
             if places.numel():
-                zeros = torch.zeros(places.numel(), *layer.data.shape[1:], device=layer.data.device)
+                wide = torch.promote_types(layer.data.dtype, torch.float32)  # half precision would lose small terms
+                zeros = torch.zeros(places.numel(), *layer.data.shape[1:], dtype=wide, device=layer.data.device)
                 self._scores[id(layer.data)] = (places, zeros)
-                handles.append(self._modules[id(layer.data)].register_forward_hook(self._watch(layer, places, zeros)))
+                hook = self._watch(layer, places, zeros)
+                tied = [m for m in self._modules if m.data is layer.data]  # the gradient is the sum of theirs
+                handles += [m.register_forward_hook(hook, with_kwargs=True) for m in tied]
         try:
             yield
         finally:
@@ -126,8 +133,8 @@ class BlockRegrow:
         col = (places % columns).int()
         where = [t.to(layer.data.device) for t in (crow, col, transposed_index(crow, col, columns))]
 
-        def hook(module: nn.Module, arguments: tuple[Any, ...], y: Tensor) -> None:
-            x = arguments[0].detach()
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], y: Tensor) -> None:
+            x = (*arguments, *keywords.values())[0].detach()
 
             def add(g: Tensor) -> None:
                 total.add_(block_gradient(g, x.to(g.dtype), total.to(g.dtype), *where))
@@ -182,14 +189,20 @@ class BlockRegrow:
                 held.copy_(moved)
 
 
-def _layers(model: nn.Module) -> Iterator[_Layer]:
-    """Every block-sparse weight once, of modules and of graphs."""
-    for path, data in model.named_parameters():
-        owner, _, name = path.rpartition(".")
-        if data.dim() != 3 or not name.startswith("data"):
-            continue
-        module = model.get_submodule(owner)
-        held = [getattr(module, name.replace("data", n, 1), None) for n in ("crow", "col", "index")]
-        if all(isinstance(t, Tensor) for t in held):
-            crow, col, index = held
-            yield _Layer(owner, data, crow, col, index)  # type: ignore[arg-type]
+def _layers(model: nn.Module) -> dict[int, _Layer]:
+    """Every block-sparse weight once, by its id: what modules have, and what nodes of graphs read."""
+    names, found = {id(p): name for name, p in model.named_parameters()}, {}
+    for module in model.modules():
+        for data, crow, col, index in _weights(module):
+            if isinstance(data, nn.Parameter) and id(data) in names:
+                found[id(data)] = _Layer(names[id(data)].rpartition(".")[0], data, crow, col, index)
+    return found
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of each block-sparse weight that `module` itself multiplies with."""
+    if isinstance(module, BlockSparseLinear):
+        yield module.tensors
+    if isinstance(module, GraphModule):
+        read = (operands(module, node, BlockSparseLinear) for node in module.graph.nodes)
+        yield from (tensors for tensors in read if tensors is not None)

@@ -1,13 +1,19 @@
 """Blocks that move in training, in place; and training from scratch beside masked dense training."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
+import fxopt
 from fxopt.errors import UsageError
+from fxopt.kernels.block_linear import block_view
 from fxopt.sparse import BlockRegrow, BlockSparseLinear
+from fxopt.sparse.block_regrow import Moved
+from fxopt.transformations import BlockSparsify
 
 OPTIMIZERS = (torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adafactor)
 
@@ -99,6 +105,72 @@ def test_the_seed_decides():
 def test_a_full_layer_has_no_place_to_grow():
     model = net(density=1.0)
     assert [m.moved for m in BlockRegrow(model, fraction=0.3).step()] == [0, 0]
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, of which the second is called by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = BlockSparseLinear(96, 96, density=0.3, block_shape=(16, 16), dtype=torch.float64)
+        self.b = self.a.tied(nn.Parameter(torch.zeros(96, dtype=torch.float64)))
+        (self.name,) = list(inspect.signature(self.b.forward).parameters)
+
+    def forward(self, x):
+        return self.b(**{self.name: torch.tanh(self.a(x))})
+
+
+def test_scores_are_the_gradient_of_the_dense_weight_over_all_that_have_it():
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(8, 96, dtype=torch.float64)
+    regrow = BlockRegrow(model, fraction=0.2, grow="gradient", candidates=1000)
+    with regrow.scoring():
+        model(x).square().sum().backward()
+    ((places, scores),) = regrow._scores.values()
+    assert set(places.tolist()) == set((~model.a.mask).flatten().nonzero()[:, 0].tolist())
+    weight = model.a.weight.detach().requires_grad_()
+    F.linear(torch.tanh(F.linear(x, weight, model.a.bias)), weight, model.b.bias).square().sum().backward()
+    torch.testing.assert_close(scores, block_view(weight.grad, (16, 16)).reshape(-1, 16, 16)[places])
+
+
+class Crowded(nn.Module):
+    """A layer whose module has attributes of the names that the tensors of blocks have."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.weight = nn.Parameter(torch.randn(64, 64) / 8)
+        self.inner.data = nn.Parameter(torch.randn(64, 2, 2))
+        for name in ("crow", "col", "index"):
+            self.inner.register_buffer(name, torch.full((64,), float("nan")))
+
+    def forward(self, x):
+        return F.linear(x, self.inner.weight) * self.inner.data.sum((1, 2))
+
+
+def test_a_graph_tells_which_tensors_are_blocks_whatever_their_names():
+    torch.manual_seed(0)
+    x = (torch.randn(3, 64),)
+    gm = fxopt.capture(Crowded(), x)
+    BlockSparsify({"inner": (0.5, (16, 16))}, guard="off")(gm)
+    (node,) = (n for n in gm.graph.nodes if "block_linear" in str(n.target))
+    assert [a.target for a in (node.args[1], *node.args[3:6])] == [
+        f"inner.{n}_1" for n in ("data", "crow", "col", "index")
+    ]
+    others = {k: v.clone() for k, v in gm.state_dict().items() if not k.endswith("_1")}
+    held = {k: getattr(gm.inner, f"{k}_1").clone() for k in ("data", "crow", "col")}
+    (moved,) = BlockRegrow(gm, fraction=0.5).step()
+    assert moved == Moved("inner", 4, 8)
+    assert any(not torch.equal(getattr(gm.inner, f"{k}_1"), held[k]) for k in ("crow", "col"))
+    assert (gm.inner.data_1.flatten(1) == 0).all(1).sum() == 4
+    assert all(torch.equal(gm.state_dict()[k].nan_to_num(), v.nan_to_num()) for k, v in others.items())
+    layer = BlockSparseLinear(64, 64, bias=False, density=0.5, block_shape=(16, 16))
+    with torch.no_grad():
+        for name in layer.TENSORS:
+            getattr(layer, name).copy_(getattr(gm.inner, f"{name}_1"))
+    torch.testing.assert_close(gm(*x), layer(*x) * gm.inner.data.sum((1, 2)))
+    with pytest.raises(UsageError, match="inner is no BlockSparseLinear module"):
+        BlockRegrow(gm, grow="gradient")
 
 
 @pytest.mark.parametrize(
