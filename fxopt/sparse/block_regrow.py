@@ -64,7 +64,8 @@ class BlockRegrow:
     blocks), or where the gradient is largest among `candidates` times as many random places ("gradient", as RigL, Evci
     et al., 2020). Their optimizer state begins at zero too, for any optimizer whose state has one entry a block in its
     first dimension; the state of the others goes with them. The number of blocks, the parameters and their memory stay
-    the same, so optimizers, CUDA graphs and compiled code go on. `seed` makes the choice repeatable.
+    the same, so optimizers, CUDA graphs and compiled code go on. `seed` makes the choice repeatable. At least one
+    block of a layer moves, and never all: one that has a single block keeps it.
     """
 
     def __init__(
@@ -145,7 +146,8 @@ class BlockRegrow:
         return hook
 
     def _count(self, layer: _Layer, free: Tensor) -> int:
-        return min(int(self._fraction * layer.data.shape[0]), free.numel())
+        blocks = layer.data.shape[0]
+        return min(max(1, int(self._fraction * blocks)), blocks - 1, free.numel()) if blocks else 0
 
     def _weak_and_free(self, layer: _Layer) -> tuple[Tensor, Tensor]:
         """The blocks from the weakest on, and the places without a block in random order."""

@@ -107,6 +107,23 @@ def test_a_full_layer_has_no_place_to_grow():
     assert [m.moved for m in BlockRegrow(model, fraction=0.3).step()] == [0, 0]
 
 
+@pytest.mark.parametrize("grow", ("random", "gradient"))
+def test_of_few_blocks_one_moves(grow):
+    layer = BlockSparseLinear(64, 64, density=0.25, block_shape=(16, 16))
+    before, regrow = layer.mask, BlockRegrow(layer, fraction=0.1, grow=grow)
+    with regrow.scoring():
+        layer(torch.randn(3, 64)).square().sum().backward()
+    assert regrow.step() == (Moved("", 1, 4),)
+    assert int((layer.mask & ~before).sum()) == int((before & ~layer.mask).sum()) == 1
+
+
+def test_the_only_block_of_a_layer_stays():
+    layer = BlockSparseLinear(64, 64, density=0.05, block_shape=(16, 16))
+    weight = layer.weight.detach().clone()
+    assert BlockRegrow(layer, fraction=0.9).step() == (Moved("", 0, 1),)
+    assert torch.equal(layer.weight, weight)
+
+
 class Tied(nn.Module):
     """Two layers with one weight, of which the second is called by keyword."""
 
