@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fxopt.errors import UsageError
 from fxopt.kernels.block_linear import block_gradient, transposed_index
 from fxopt.sparse.block_linear import BlockSparseLinear
 from fxopt.sparse.block_optimizer import operands
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 Grow = Literal["random", "gradient"]
 
@@ -66,6 +71,11 @@ class BlockRegrow:
     first dimension; the state of the others goes with them. The number of blocks, the parameters and their memory stay
     the same, so optimizers, CUDA graphs and compiled code go on. `seed` makes the choice repeatable. At least one
     block of a layer moves, and never all: one that has a single block keeps it.
+
+    Processes that train one model together move the same blocks: the gradients are summed over `process_group`, and
+    its first process chooses where there is chance. By default that is the group of the `DistributedDataParallel` in
+    `model`, or else torch's default one, if there is any; where its processes have other weights each (tensor or
+    pipeline parallelism), give the group of those that have the same. All of them have to call `scoring` and `step`.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class BlockRegrow:
         grow: Grow = "random",
         candidates: float = 4.0,
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if not 0 < fraction < 1:
             raise UsageError(f"fraction={fraction!r} was given, expected a number between 0 and 1: the share to move")
@@ -94,6 +105,8 @@ class BlockRegrow:
                 f"{lost[0]} is no BlockSparseLinear module, whose gradient could be seen; use grow='random'"
             )
         self._optimizer, self._fraction, self._grow, self._candidates = optimizer, fraction, grow, candidates
+        wrapped = (m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel))
+        self._process_group = process_group or next(wrapped, None)
         self._generator = torch.Generator().manual_seed(seed)
         self._scores: dict[int, tuple[Tensor, Tensor]] = {}  # of a layer's data: places, their summed gradients
 
@@ -155,12 +168,31 @@ class BlockRegrow:
         empty = torch.ones(layer.grid[0] * layer.grid[1], dtype=torch.bool)
         empty[layer.flat] = False
         free = empty.nonzero()[:, 0]
-        return norms.argsort(stable=True), free[torch.randperm(free.numel(), generator=self._generator)]
+        free = free[torch.randperm(free.numel(), generator=self._generator)]
+        return self._agreed(layer, norms.argsort(stable=True)), self._agreed(layer, free)
+
+    @property
+    def _replicas(self) -> ProcessGroup | None:
+        """The processes that train this model together; None where it is this one alone."""
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        group = self._process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    def _agreed(self, layer: _Layer, chosen: Tensor) -> Tensor:
+        """What the first of the processes chose: the seeds may differ, and the norms by their last bits."""
+        if (group := self._replicas) is None:
+            return chosen
+        shared = chosen.to(layer.data.device)  # what a group can send depends on the device
+        dist.broadcast(shared, group=group, group_src=0)
+        return shared.cpu()
 
     def _move(self, layer: _Layer) -> Moved:
         weak, free = self._weak_and_free(layer)
         if id(layer.data) in self._scores:
             places, total = self._scores[id(layer.data)]
+            if (group := self._replicas) is not None:
+                dist.all_reduce(total, group=group)
             free = places[total.flatten(1).norm(dim=1).cpu().argsort(descending=True, stable=True)]
         count = self._count(layer, free)
         if count:

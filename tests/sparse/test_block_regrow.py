@@ -1,12 +1,14 @@
 """Blocks that move in training, in place; and training from scratch beside masked dense training."""
 
 import inspect
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fxopt
 from fxopt.errors import UsageError
@@ -205,6 +207,66 @@ def test_bad_input(options, message):
         BlockRegrow(nn.Linear(2, 2))
     with pytest.raises(UsageError, match="no gradient was seen"):
         BlockRegrow(net(), grow="gradient").step()
+
+
+# --- processes that train together ------------------------------------------------------------------------------------
+
+
+def processes_regrow(rank: int, folder: str, processes: int) -> None:
+    """One of `processes` processes that train one model together, each on inputs of its own."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", processes)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    try:
+        kept = {}
+        for grow, wrapped in itertools.product(("random", "gradient"), (True, False)):
+            torch.manual_seed(0)
+            model = BlockSparseLinear(64, 64, density=0.25, block_shape=(8, 8), dtype=torch.float64)
+            parallel = DistributedDataParallel(nn.Sequential(model))
+            optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.1)
+            given = parallel if wrapped else model  # as one has it at hand
+            regrow = BlockRegrow(given, optimizer, 0.3, grow, candidates=2, seed=rank)
+            torch.manual_seed(rank)
+            for _ in range(2):
+                with regrow.scoring():
+                    parallel(torch.randn(4, 64, dtype=torch.float64)).square().mean().backward()
+                optimizer.step()
+                regrow.step()
+            state = optimizer.state[model.data]
+            kept[grow, wrapped] = (model.weight.detach(), model.dense(state["exp_avg"]), model.index)
+        torch.save(kept, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_move_the_same_blocks(tmp_path):
+    torch.multiprocessing.spawn(processes_regrow, (str(tmp_path), 2), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for case, first in found[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(first, found[1][case], strict=True)), case
+    assert not torch.equal(found[0]["random", True][0], found[0]["gradient", True][0])
+
+
+def test_scores_are_summed_over_the_processes(monkeypatch):
+    """What another process saw, standing in for it: its scores are so large that they decide."""
+    torch.manual_seed(0)
+    layer = BlockSparseLinear(64, 64, density=0.25, block_shape=(16, 16))
+    regrow = BlockRegrow(layer, fraction=0.5, grow="gradient", candidates=1000, process_group="replicas")
+    wanted = (~layer.mask).flatten().nonzero()[[2, 7], 0]
+
+    def all_reduce(total, group):
+        assert group == "replicas"
+        ((places, _),) = regrow._scores.values()
+        total[torch.isin(places, wanted)] += 1e6
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, group, group_src: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with regrow.scoring():
+        layer(torch.randn(3, 64)).square().sum().backward()
+    assert regrow.step() == (Moved("", 2, 4),) and bool(layer.mask.flatten()[wanted].all())
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
