@@ -139,18 +139,20 @@ def following(optimizer: Optimizer | None, model: nn.Module) -> Iterator[None]:
         before, had = _weights(model), dict(model.named_parameters())
         yield
         changes = list(_changes(before, _weights(model), {id(p) for p in had.values()}))
+        states: list[tuple[_Change, dict[str, Any] | None]] = []
         if optimizer is not None:
             _check(optimizer, model, had, changes)
+            states = _states(optimizer, changes)
+        if anew := {id(change.old.parameter) for change, state in states if state is None}:
+            names = ", ".join(name for name, p in had.items() if id(p) in anew)
+            what = f"the state that {type(optimizer).__name__} had for {names}"
+            warnings.warn(f"{what} cannot be carried over; it begins anew", stacklevel=3)  # before all, as it may raise
     there = {id(p) for p in model.parameters()}
     for change in changes:
         if id(change.old.parameter) not in there:
             _move_gradient(change)
-    if optimizer is not None and (anew := _follow(optimizer, changes, there)):
-        names = ", ".join(name for name, p in had.items() if id(p) in anew)
-        warnings.warn(
-            f"the state that {type(optimizer).__name__} had for {names} cannot be carried over; it begins anew",
-            stacklevel=3,
-        )
+    if optimizer is not None:
+        _follow(optimizer, states, there)
 
 
 @contextmanager
@@ -269,34 +271,34 @@ def _move_gradient(change: _Change) -> None:
 
 
 @torch.no_grad()
-def _follow(optimizer: Optimizer, changes: Sequence[_Change], there: Set[int]) -> set[int]:
-    """Put what is new in the place of what was, unless that is still `there`; the ids of what lost its state."""
-    known, anew = _known(optimizer), set()
+def _states(optimizer: Optimizer, changes: Sequence[_Change]) -> list[tuple[_Change, dict[str, Any] | None]]:
+    """The changes to parameters of `optimizer`, each with the new one's state, None where that begins anew."""
+    known = _known(optimizer)
+    mine = [c for c in changes if id(c.old.parameter) in known]
+    if isinstance(optimizer, LBFGS):  # its state is that of all parameters, laid end to end
+        return [(c, None if optimizer.state else {}) for c in mine]
+    return [(c, _state(optimizer.state.get(c.old.parameter, {}), c)) for c in mine]
+
+
+def _follow(optimizer: Optimizer, states: Sequence[tuple[_Change, dict[str, Any] | None]], there: Set[int]) -> None:
+    """Put what is new in the place of what was, unless that is still `there`."""
     became: dict[int, list[nn.Parameter]] = {}
-    for change in changes:
+    for change, state in states:
         old, new = change.old.parameter, change.new.parameter
-        if id(old) not in known:
-            continue
         became.setdefault(id(old), []).append(new)
-        held = optimizer.state.get(old, {})
-        state = _state(held, change)
-        if change.new.form is not None and change.old.form is None:
-            _before[new] = _Dense(old, dict(held), new._version)
-        if state is None:
-            anew.add(id(old))
-        elif state:
+        if change.old.form is None and change.new.form is not None:
+            _before[new] = _Dense(old, dict(optimizer.state.get(old, {})), new._version)
+        if state:
             optimizer.state[new] = state
-    gone = [p for group in optimizer.param_groups for p in group["params"] if id(p) in became and id(p) not in there]
-    for p in gone:
-        optimizer.state.pop(p, None)
+    for change, _ in states:
+        if id(change.old.parameter) not in there:
+            optimizer.state.pop(change.old.parameter, None)
     for group in optimizer.param_groups:
         kept = ([p] * (id(p) in there or id(p) not in became) + became.get(id(p), []) for p in group["params"])
         group["params"][:] = dict.fromkeys(p for ps in kept for p in ps)  # in place, as optimizers hold the list too
-    if isinstance(optimizer, LBFGS) and became:  # its state is that of all parameters, laid end to end
-        anew = set(became) if optimizer.state or anew else set()
+    if isinstance(optimizer, LBFGS) and became:
         optimizer.state.clear()
         optimizer._numel_cache = None
-    return anew
 
 
 def _state(state: Mapping[str, Any], change: _Change) -> dict[str, Any] | None:

@@ -163,6 +163,17 @@ def trained_as_new(model, optimizer, make):
             assert torch.equal(p, wanted)
 
 
+def test_a_warning_that_is_an_error_changes_nothing():
+    model = plain()
+    optimizer = torch.optim.Adafactor(model.parameters())
+    step(model, optimizer)
+    weight, state = model[0].weight, dict(optimizer.state)
+    with pytest.raises(UserWarning, match="begins anew"):
+        patcher().patch_model(model, optimizer=optimizer)
+    assert model[0].weight is weight and weight.grad is not None and dict(optimizer.state) == state
+    step(model, optimizer)
+
+
 def test_untouched_factored_state_comes_back():
     model, made = plain(), patcher()
     optimizer = torch.optim.Adafactor(model.parameters())
