@@ -118,7 +118,7 @@ class BlockSparseModelPatcher:
         """
         with torch.inference_mode(False), ExitStack() as rollback:  # what is made there could never be trained
             planned = list(self._planned(model, inputs))
-            with following(optimizer, model) if optimizer is not None else ExitStack():
+            with following(optimizer, model):
                 kept = [(group, plan) for group, plan in planned if isinstance(plan, Plan) and plan.kept]
                 done = [one for group, plan in kept for one in _put(model, group, plan, rollback)]
             rollback.pop_all()
@@ -151,7 +151,7 @@ class BlockSparseModelPatcher:
                     f"{names} changed since; say mode='zeros' (the function of now, dense) or mode='merge' "
                     "(the changed blocks among the original weights)"
                 )
-            with following(optimizer, model) if optimizer is not None else ExitStack():
+            with following(optimizer, model):
                 _restore(model, patched, {id(one): mode for one in edited if mode is not None}, rollback)
             rollback.pop_all()
         self._patched.pop(model, None)

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fxopt.errors import UsageError
 from fxopt.kernels.block_linear import block_gradient, transposed_index
 from fxopt.sparse.block_linear import BlockSparseLinear
+from fxopt.sparse.block_optimizer import operands
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 Grow = Literal["random", "gradient"]
 
@@ -62,7 +69,13 @@ class BlockRegrow:
     blocks), or where the gradient is largest among `candidates` times as many random places ("gradient", as RigL, Evci
     et al., 2020). Their optimizer state begins at zero too, for any optimizer whose state has one entry a block in its
     first dimension; the state of the others goes with them. The number of blocks, the parameters and their memory stay
-    the same, so optimizers, CUDA graphs and compiled code go on. `seed` makes the choice repeatable.
+    the same, so optimizers, CUDA graphs and compiled code go on. `seed` makes the choice repeatable. At least one
+    block of a layer moves, and never all: one that has a single block keeps it.
+
+    Processes that train one model together move the same blocks: the gradients are summed over `process_group`, and
+    its first process chooses where there is chance. By default that is the group of the `DistributedDataParallel` in
+    `model`, or else torch's default one, if there is any; where its processes have other weights each (tensor or
+    pipeline parallelism), give the group of those that have the same. All of them have to call `scoring` and `step`.
     """
 
     def __init__(
@@ -73,6 +86,7 @@ class BlockRegrow:
         grow: Grow = "random",
         candidates: float = 4.0,
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if not 0 < fraction < 1:
             raise UsageError(f"fraction={fraction!r} was given, expected a number between 0 and 1: the share to move")
@@ -80,15 +94,19 @@ class BlockRegrow:
             raise UsageError(f"grow={grow!r} was given, expected 'random' or 'gradient'")
         if candidates < 1:
             raise UsageError(f"candidates={candidates!r} was given, expected at least 1: as many as are grown")
-        self._layers = list(_layers(model))
-        if not self._layers:
+        found = _layers(model)
+        self._layers = list(found.values())
+        if not found:
             raise UsageError("the model has no block-sparse layer; make some with BlockSparsify or from_dense")
-        self._modules = {id(m.data): m for m in model.modules() if isinstance(m, BlockSparseLinear)}
-        if grow == "gradient" and (lost := [x.path for x in self._layers if id(x.data) not in self._modules]):
+        self._modules = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
+        read = {id(data) for m in model.modules() if isinstance(m, GraphModule) for data, *_ in _weights(m)}
+        if grow == "gradient" and (lost := [x.path for i, x in found.items() if i in read]):
             raise UsageError(
                 f"{lost[0]} is no BlockSparseLinear module, whose gradient could be seen; use grow='random'"
             )
         self._optimizer, self._fraction, self._grow, self._candidates = optimizer, fraction, grow, candidates
+        wrapped = (m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel))
+        self._process_group = process_group or next(wrapped, None)
         self._generator = torch.Generator().manual_seed(seed)
         self._scores: dict[int, tuple[Tensor, Tensor]] = {}  # of a layer's data: places, their summed gradients
 
@@ -109,9 +127,12 @@ class BlockRegrow:
             _, free = self._weak_and_free(layer)
             places = free[: int(self._candidates * self._count(layer, free))].sort().values
             if places.numel():
-                zeros = torch.zeros(places.numel(), *layer.data.shape[1:], device=layer.data.device)
+                wide = torch.promote_types(layer.data.dtype, torch.float32)  # half precision would lose small terms
+                zeros = torch.zeros(places.numel(), *layer.data.shape[1:], dtype=wide, device=layer.data.device)
                 self._scores[id(layer.data)] = (places, zeros)
-                handles.append(self._modules[id(layer.data)].register_forward_hook(self._watch(layer, places, zeros)))
+                hook = self._watch(layer, places, zeros)
+                tied = [m for m in self._modules if m.data is layer.data]  # the gradient is the sum of theirs
+                handles += [m.register_forward_hook(hook, with_kwargs=True) for m in tied]
         try:
             yield
         finally:
@@ -126,8 +147,8 @@ class BlockRegrow:
         col = (places % columns).int()
         where = [t.to(layer.data.device) for t in (crow, col, transposed_index(crow, col, columns))]
 
-        def hook(module: nn.Module, arguments: tuple[Any, ...], y: Tensor) -> None:
-            x = arguments[0].detach()
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], y: Tensor) -> None:
+            x = (*arguments, *keywords.values())[0].detach()
 
             def add(g: Tensor) -> None:
                 total.add_(block_gradient(g, x.to(g.dtype), total.to(g.dtype), *where))
@@ -138,7 +159,8 @@ class BlockRegrow:
         return hook
 
     def _count(self, layer: _Layer, free: Tensor) -> int:
-        return min(int(self._fraction * layer.data.shape[0]), free.numel())
+        blocks = layer.data.shape[0]
+        return min(max(1, int(self._fraction * blocks)), blocks - 1, free.numel()) if blocks else 0
 
     def _weak_and_free(self, layer: _Layer) -> tuple[Tensor, Tensor]:
         """The blocks from the weakest on, and the places without a block in random order."""
@@ -146,12 +168,31 @@ class BlockRegrow:
         empty = torch.ones(layer.grid[0] * layer.grid[1], dtype=torch.bool)
         empty[layer.flat] = False
         free = empty.nonzero()[:, 0]
-        return norms.argsort(stable=True), free[torch.randperm(free.numel(), generator=self._generator)]
+        free = free[torch.randperm(free.numel(), generator=self._generator)]
+        return self._agreed(layer, norms.argsort(stable=True)), self._agreed(layer, free)
+
+    @property
+    def _replicas(self) -> ProcessGroup | None:
+        """The processes that train this model together; None where it is this one alone."""
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        group = self._process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    def _agreed(self, layer: _Layer, chosen: Tensor) -> Tensor:
+        """What the first of the processes chose: the seeds may differ, and the norms by their last bits."""
+        if (group := self._replicas) is None:
+            return chosen
+        shared = chosen.to(layer.data.device)  # what a group can send depends on the device
+        dist.broadcast(shared, group=group, group_src=0)
+        return shared.cpu()
 
     def _move(self, layer: _Layer) -> Moved:
         weak, free = self._weak_and_free(layer)
         if id(layer.data) in self._scores:
             places, total = self._scores[id(layer.data)]
+            if (group := self._replicas) is not None:
+                dist.all_reduce(total, group=group)
             free = places[total.flatten(1).norm(dim=1).cpu().argsort(descending=True, stable=True)]
         count = self._count(layer, free)
         if count:
@@ -182,14 +223,20 @@ class BlockRegrow:
                 held.copy_(moved)
 
 
-def _layers(model: nn.Module) -> Iterator[_Layer]:
-    """Every block-sparse weight once, of modules and of graphs."""
-    for path, data in model.named_parameters():
-        owner, _, name = path.rpartition(".")
-        if data.dim() != 3 or not name.startswith("data"):
-            continue
-        module = model.get_submodule(owner)
-        held = [getattr(module, name.replace("data", n, 1), None) for n in ("crow", "col", "index")]
-        if all(isinstance(t, Tensor) for t in held):
-            crow, col, index = held
-            yield _Layer(owner, data, crow, col, index)  # type: ignore[arg-type]
+def _layers(model: nn.Module) -> dict[int, _Layer]:
+    """Every block-sparse weight once, by its id: what modules have, and what nodes of graphs read."""
+    names, found = {id(p): name for name, p in model.named_parameters()}, {}
+    for module in model.modules():
+        for data, crow, col, index in _weights(module):
+            if isinstance(data, nn.Parameter) and id(data) in names:
+                found[id(data)] = _Layer(names[id(data)].rpartition(".")[0], data, crow, col, index)
+    return found
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of each block-sparse weight that `module` itself multiplies with."""
+    if isinstance(module, BlockSparseLinear):
+        yield module.tensors
+    if isinstance(module, GraphModule):
+        read = (operands(module, node, BlockSparseLinear) for node in module.graph.nodes)
+        yield from (tensors for tensors in read if tensors is not None)
