@@ -17,7 +17,7 @@ from fxopt.errors import Conflict, UsageError
 from fxopt.sparse.block_optimizer import following
 from fxopt.sparse.block_plan import CALIBRATION_ROWS, Plan, Planner, Spec, matching, pieces, rows_of, specified
 from fxopt.sparse.block_report import DENSE, LayerReport, SparsifyReport
-from fxopt.sparse.block_select import dense_weight
+from fxopt.sparse.block_select import dense_weight, is_fan_in_fan_out
 from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
 Mode = Literal["zeros", "merge"]
@@ -201,6 +201,7 @@ def _put(model: nn.Module, group: Sequence[_Layer], plan: Plan) -> list[_Patched
             _, bias = dense_weight(layer.module)
             new = plan.layer.tied(bias)
         new.training = layer.module.training
+        new.fan_in_fan_out = is_fan_in_fan_out(layer.module)
         for path in layer.paths:
             _set(model, path, new)
         done.append(_Patched(layer.paths, layer.module, new, _versions(new)))

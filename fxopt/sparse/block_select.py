@@ -36,6 +36,8 @@ def kept_blocks(
 
     At least one block is kept. Raises `UsageError`.
     """
+    if weight.is_meta:
+        raise UsageError("the weight is on the meta device, and has no elements to choose by; load it first")
     blocks = block_view(weight.detach(), block)
     rows, columns = blocks.shape[:2]
     if not isinstance(select, str):
@@ -77,11 +79,16 @@ def dense_weight(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
     if type(linear) is nn.Linear:
         assert isinstance(weight, Tensor)
         return weight, bias
-    if type(linear).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+    if is_fan_in_fan_out(linear) and isinstance(weight, Tensor) and weight.dim() == 2:
         return weight.t(), bias
     raise UsageError(
         f"a {type(linear).__name__} was given, expected torch.nn.Linear (a subclass may compute otherwise)"
     )
+
+
+def is_fan_in_fan_out(linear: nn.Module) -> bool:
+    """Whether the weight of a linear layer is (in, out): transformers' `Conv1D`, which need not be installed."""
+    return type(linear).__name__ == "Conv1D"
 
 
 def check_select(select: Select) -> None:

@@ -18,6 +18,8 @@ class SparsifiedLinear(nn.Module):
     in_features: int
     out_features: int
     bias: nn.Parameter | None
+    fan_in_fan_out: bool = False
+    """Whether the weight of the layer that it was made of is (in, out), as that of transformers' `Conv1D`."""
 
     def dense(self, values: Tensor | None = None) -> Tensor:
         """`values`, in the form of the layer's own parameter and by default these, as a matrix (out, in)."""
@@ -47,7 +49,10 @@ class SparsifiedLinear(nn.Module):
         return self.dense(torch.ones_like(self.tensors[0])) != 0
 
     def to_dense(self) -> nn.Linear:
-        """A dense layer that computes the same, with a weight of its own and this layer's bias."""
+        """
+        A dense layer that computes the same, with a weight of its own and this layer's bias: a `torch.nn.Linear`, with
+        a weight (out, in), also where the layer was made of a `Conv1D`.
+        """
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         weight = self.dense().detach().contiguous().clone()
         layer.weight = nn.Parameter(weight, requires_grad=self.tensors[0].requires_grad)
