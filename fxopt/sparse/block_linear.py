@@ -169,6 +169,10 @@ class BlockSparseLinear(SparsifiedLinear):
         whole = to_dense(data, self.index[: data.shape[0]], self.col, self._grid)
         return whole[: self.out_features, : self.in_features]
 
+    def taken(self, weight: Tensor) -> Tensor:
+        """The blocks of a matrix (out, in) that the layer keeps."""
+        return from_dense(weight, self.index[: self.data.shape[0]], self.col, self.block_shape)
+
     def operands(self, x: Any, bias: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments of `block_linear`."""
         data, *where = tensors

@@ -86,6 +86,10 @@ class SemiStructuredLinear(SparsifiedLinear):
         """`values`, or else the layer's own, as a matrix (out, in)."""
         return kernels.to_dense(self.values if values is None else values, self.metadata)
 
+    def taken(self, weight: Tensor) -> Tensor:
+        """The values of a matrix (out, in) that the layer keeps."""
+        return weight.gather(1, kernels.places(self.metadata))
+
     def operands(self, x: Any, bias: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments of `semi_structured_linear`."""
         values, metadata = tensors
