@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ class BlockSparseLinear(SparsifiedLinear):
         `mask` says (blocks, or elements of which whole blocks are kept). `inputs` (…, in): typical inputs, which
         "activation" and `rescale` go by; `rescale` scales each output to make up for what is left out.
         """
-        if density is not None and not isinstance(density, float | int):
+        if density is not None and not isinstance(density, Real):
             density, mask = None, density
         block = checked_block(block_shape)
         weight, bias = dense_weight(linear)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def kept_blocks(
     - "random" or "random(seed)": any; the seed is 0 if not given.
     - "existing": all that are not zero; nothing is lost, and `density` is not asked for.
     - a mask (rows, columns) or (out, in), of which every block that has a true element is kept, or a matrix of scipy
-      or a sparse tensor with the shape of `weight`, of which every block that has an element is kept.
+      or a sparse tensor with the shape of `weight`, of which every block that stores an element is kept, be it zero.
 
     At least one block is kept. Raises `UsageError`.
     """
@@ -68,9 +69,9 @@ def block_energy(weight: Tensor, block: Grid, moments: Tensor | None = None) -> 
 
 def count(density: float, blocks: int) -> int:
     """How many of `blocks` the share `density` is, at least one; `UsageError` outside of (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, float | int) or not 0 < density <= 1:
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
         raise UsageError(f"density={density!r} was given, expected a number in (0, 1]: the share of blocks to keep")
-    return max(1, round(density * blocks))
+    return max(1, round(float(density) * blocks))
 
 
 def dense_weight(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
@@ -134,6 +135,20 @@ def _from_mask(select: Any, weight: Tensor, block: Grid, grid: Grid) -> Tensor:
 
 def _dense_mask(mask: Any) -> Tensor:
     if hasattr(mask, "tocoo"):  # scipy's sparse matrices, which need not be installed
-        mask = mask.astype(bool).toarray()
-    given: Tensor = torch.as_tensor(mask)
-    return (given if given.layout is torch.strided else given.to_dense()).ne(0)
+        stored = mask.tocoo()
+        return _at((torch.as_tensor(stored.row), torch.as_tensor(stored.col)), stored.shape)
+    try:
+        given: Tensor = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shown = repr(mask) if len(repr(mask)) < 60 else f"a {type(mask).__name__}"
+        raise UsageError(f"select={shown} was given, expected a name or a mask of numbers ({error})") from error
+    if given.layout is torch.strided:
+        return given.ne(0)
+    return _at(given.detach().to_sparse_coo().coalesce().indices(), given.shape)
+
+
+def _at(places: Any, shape: Any) -> Tensor:
+    """True at every place that a sparse matrix stores, zeros too: what is stored was chosen."""
+    mask = torch.zeros(tuple(shape), dtype=torch.bool, device=places[0].device)
+    mask[tuple(at.long() for at in places)] = True
+    return mask

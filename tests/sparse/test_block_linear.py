@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import scipy.sparse
 import torch
@@ -84,6 +85,11 @@ def test_rescale_comes_closer():
     torch.testing.assert_close(by_norm.weight.norm(dim=1)[kept], linear.weight.norm(dim=1)[kept])
 
 
+@pytest.mark.parametrize("density", (np.float32(0.5), np.float64(0.5), 0.5))
+def test_a_density_may_be_of_numpy(density):
+    assert BlockSparseLinear.from_dense(nn.Linear(64, 64), density).density == 0.5
+
+
 def test_random_is_its_seed():
     weight = torch.randn(128, 128)
     a, b, c = (kept_blocks(weight, (16, 16), 0.3, f"random({s})") for s in (1, 1, 2))
@@ -99,17 +105,33 @@ def test_existing_is_lossless():
     assert torch.equal(layer.weight, linear.weight) and layer.data.shape[0] == 7
 
 
-@pytest.mark.parametrize("kind", ("blocks", "elements", "scipy", "torch", "numpy"))
+def bsr_zeros(stored, shape):
+    values, col, crow = (torch.as_tensor(a) for a in stored)
+    return torch.sparse_bsr_tensor(crow, col, values, size=shape, check_invariants=True)
+
+
+KINDS = ("blocks", "elements", "scipy", "torch", "numpy", "list")
+STORED_ZEROS = ("scipy zeros", "scipy csr zeros", "torch zeros", "bsr zeros")
+
+
+@pytest.mark.parametrize("kind", KINDS + STORED_ZEROS)
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch tells once in a process that it is in beta
 def test_a_mask_may_be_given(kind):
     linear = nn.Linear(128, 96)
     blocks = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
     elements = blocks.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    stored = np.zeros((5, 32, 32)), np.array([0, 3, 1, 2, 3]), np.array([0, 2, 2, 5])
     mask = {
         "blocks": blocks,
         "elements": elements,
         "scipy": scipy.sparse.bsr_array(elements.float().numpy(), blocksize=(32, 32)),
         "torch": elements.float().to_sparse(),
         "numpy": blocks.numpy(),
+        "list": blocks.tolist(),
+        "scipy zeros": scipy.sparse.bsr_array(stored, shape=elements.shape),
+        "scipy csr zeros": scipy.sparse.bsr_array(stored, shape=elements.shape).tocsr(),
+        "torch zeros": elements.float().to_sparse() * 0,
+        "bsr zeros": bsr_zeros(stored, elements.shape),
     }[kind]
     layer = BlockSparseLinear.from_dense(linear, mask=mask)
     assert torch.equal(layer.mask, blocks)
@@ -382,6 +404,19 @@ def test_layers_without_features(inputs, outputs):
         (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64)), "needs a density"),
         (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), 0.5, select="best"), "select='best' was given"),
         (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), 0.5, select="activation"), "needs inputs"),
+        (
+            lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), 0.5, select=None),
+            "select=None was given, expected a",
+        ),
+        (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), mask=[["a"]]), "expected a name or a mask of numbers"),
+        (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), mask=object()), "a mask of numbers"),
+        (
+            lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), mask=torch.ones(2, 2, 2).to_sparse()),
+            r"mask of shape \(2, 2, 2\)",
+        ),
+        (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), mask=[[1], [1, 0]]), "a mask of numbers"),
+        (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), np.float32(1.5)), r"density=np\.float32\(1\.5\)"),
+        (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), True), "density=True was given"),
         (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), torch.ones(3, 3)), r"mask of shape \(3, 3\)"),
     ),
 )
