@@ -65,6 +65,8 @@ class _Blocks:
     """
 
     def __init__(self, data: Tensor, crow: Tensor, col: Tensor, index: Tensor, transposed: bool) -> None:
+        if data.dim() != 3:
+            raise ValueError(f"the blocks are {tuple(data.shape)}, expected three dimensions: (number, out, in)")
         nnz, bo, bi = data.shape
         rows = crow.numel() - 1
         columns = index.numel() - 3 * nnz - 1
@@ -90,13 +92,39 @@ class _Blocks:
         return self.index[2 * self.nnz : 3 * self.nnz] if self.transposed else None
 
 
-def _check(x: Tensor, features: int, blocks: _Blocks) -> None:
-    """Refuse sizes that do not go together: the kernels would read beyond."""
+def _check(x: Tensor, features: int, blocks: _Blocks, bias: Tensor | None = None) -> None:
+    """
+    Refuse what does not go together: the kernels get addresses, and would read beyond, or numbers that are none. What
+    the indices say is not looked at; that is for who makes them.
+    """
+    _check_indices(blocks)
+    device = blocks.data.device
+    if x.device != device or (bias is not None and bias.device != device):
+        where = f"on {x.device}{'' if bias is None else f', the bias on {bias.device}'}"
+        raise ValueError(f"the input is {where}, the blocks are on {device}; put them on one device")
+    if x.dim() == 0:
+        raise ValueError("the input has no dimension, expected (…, in)")
     least, most = (blocks.columns - 1) * blocks.inner, blocks.columns * blocks.inner
     if not least < x.shape[-1] <= most:
         raise ValueError(f"the input has {x.shape[-1]} features, expected {least + 1} to {most}, as the weight has")
     if not (blocks.rows - 1) * blocks.outer < features <= blocks.rows * blocks.outer:
         raise ValueError(f"{features} features were asked for, but the weight has {blocks.rows} × {blocks.outer}")
+    if bias is not None and bias.shape != (features,):
+        raise ValueError(f"the bias is {tuple(bias.shape)}, expected ({features},)")
+
+
+def _check_indices(blocks: _Blocks) -> None:
+    device = blocks.data.device
+    for name in ("weight_crow", "weight_col", "index"):
+        held = getattr(blocks, name)
+        if held.dtype is not torch.int32 or held.dim() != 1 or not held.is_contiguous() or held.device != device:
+            form = f"{held.dim()}-d {held.dtype} on {held.device}{'' if held.is_contiguous() else ', not contiguous'}"
+            wanted = f"1-d contiguous torch.int32 on {device}"
+            raise ValueError(f"{name.removeprefix('weight_')} is {form}, expected {wanted}, as the blocks are")
+    if blocks.weight_col.numel() != blocks.nnz or blocks.rows < 0 or blocks.columns < 0:
+        sizes = f"crow has {blocks.rows + 1} numbers, col {blocks.weight_col.numel()}, index {blocks.index.numel()}"
+        wanted = f"rows + 1, {blocks.nnz} and {3 * blocks.nnz} + columns + 1"
+        raise ValueError(f"{sizes}, expected {wanted} for {blocks.nnz} blocks")
 
 
 # --- the products ----------------------------------------------------------------------------------------------------
@@ -116,11 +144,11 @@ def _block_linear(
     if x.dtype != data.dtype or (bias is not None and bias.dtype != data.dtype):
         raise ValueError(f"the input is {x.dtype}, the blocks are {data.dtype}; give the same type")
     blocks = _Blocks(data, crow, col, index, transposed)
-    _check(x, features, blocks)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if rows.numel() == 0 or features == 0 or data.shape[0] == 0:
+    _check(x, features, blocks, bias)
+    if x.numel() == 0 or features == 0 or data.shape[0] == 0:
         y = x.new_zeros(*x.shape[:-1], features)
         return y if bias is None else y + bias
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if is_native(data) and x.is_cpu:
         y = _native_product(rows, blocks, bias, features)
     elif x.is_cuda and (kernels := _triton(blocks)) is not None:
@@ -142,7 +170,7 @@ def _reference(
 ) -> Tensor:
     """The same in plain torch, on the dense weight."""
     blocks = _Blocks(data, crow, col, index, transposed)
-    _check(x, features, blocks)
+    _check(x, features, blocks, bias)
     weight = to_dense(data, blocks.row, col, blocks.grid)
     y = F.linear(F.pad(x, (0, blocks.columns * blocks.inner - x.shape[-1])), weight.t() if transposed else weight)
     return y[..., :features] if bias is None else y[..., :features] + bias
@@ -228,13 +256,14 @@ def block_view(weight: Tensor, block: tuple[int, int]) -> Tensor:
 
 def _block_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tensor, index: Tensor) -> Tensor:
     """The blocks of gᵀ @ x where `data` has blocks: g (…, out), x (…, in) -> a tensor as `data`."""
-    if g.dtype != x.dtype or g.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"{tuple(g.shape)} of {g.dtype} and {tuple(x.shape)} of {x.dtype} are not of the same tokens")
+    if g.dtype != x.dtype or g.device != x.device or g.shape[:-1] != x.shape[:-1]:
+        both = (f"{tuple(t.shape)} of {t.dtype} on {t.device}" for t in (g, x))
+        raise ValueError(f"{' and '.join(both)} are not of the same tokens")
     blocks = _Blocks(data, crow, col, index, False)
     _check(x, g.shape[-1], blocks)
-    g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    if g.shape[0] == 0 or data.shape[0] == 0:
+    if g.numel() == 0 or data.shape[0] == 0:
         return g.new_zeros(data.shape)
+    g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
     if is_native(data) and x.is_cpu and x.dtype in _COMPUTED_IN:
         return _native_gradient(g, x, blocks)
     if x.is_cuda and (kernels := _triton(blocks)) is not None:
@@ -293,10 +322,12 @@ def _fake_linear(
     features: int,
     transposed: bool = False,
 ) -> Tensor:
+    _check(x, features, _Blocks(data, crow, col, index, transposed), bias)
     return x.new_empty((*x.shape[:-1], features))
 
 
 def _fake_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tensor, index: Tensor) -> Tensor:
+    _check(x, g.shape[-1], _Blocks(data, crow, col, index, False))
     return g.new_empty(data.shape)
 
 
@@ -315,7 +346,7 @@ def _linear_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     if need_data:
         ddata = block_gradient(*((x, g) if ctx.transposed else (g, x)), data, *where)
     if need_bias:
-        db = g.reshape(-1, g.shape[-1]).sum(0)
+        db = g.sum_to_size(g.shape[-1:])
     return dx, ddata, db, None, None, None, None, None
 
 

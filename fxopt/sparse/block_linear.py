@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from fxopt.errors import UsageError
 from fxopt.kernels.block_linear import block_linear, block_view, from_dense, to_dense, transposed_index
-from fxopt.sparse.block_select import Select, count, dense_weight, kept_blocks
+from fxopt.sparse.block_select import Select, count, dense_weight, is_fan_in_fan_out, kept_blocks
 from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
 Grid = tuple[int, int]
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 class BlockSparseLinear(SparsifiedLinear):
@@ -23,8 +26,11 @@ class BlockSparseLinear(SparsifiedLinear):
 
     A drop-in for `torch.nn.Linear`. Its parameters are `data` (nnz, bo, bi), the kept blocks, and `bias` (out,); its
     buffers `crow` (rows + 1) and `col` (nnz), int32, say where the blocks are, row by row. A last row or column of
-    blocks that the features do not fill is padded with zeros, which stay zero in training. `load_state_dict` also takes
-    the state of a dense layer, of which it keeps the blocks that it has.
+    blocks that the features do not fill is padded with zeros, which stay zero in training.
+
+    `load_state_dict` takes all of the layer or nothing, and also the state of a dense layer, of which it keeps the
+    blocks that it has; `weight` is (in, out) there if the layer was made of transformers' `Conv1D` (`fan_in_fan_out`).
+    Where the blocks are is drawn on the meta device too, and outlives `to_empty`.
 
     `density` (0, 1] is the share of blocks, placed at random by torch's generator; the weights are drawn as
     `torch.nn.Linear` draws them for the inputs that an output has. float32, bfloat16, float16 and float64.
@@ -36,6 +42,7 @@ class BlockSparseLinear(SparsifiedLinear):
     crow: Tensor
     col: Tensor
     index: Tensor
+    _drawn: tuple[Tensor, Tensor, Tensor] | None = None  # crow, col and index while those are on the meta device
 
     def __init__(
         self,
@@ -49,8 +56,8 @@ class BlockSparseLinear(SparsifiedLinear):
     ) -> None:
         block = checked_block(block_shape)
         rows, columns = grid(out_features, in_features, block)
-        mask = torch.zeros(rows * columns, dtype=torch.bool)
-        mask[torch.randperm(rows * columns)[: count(density, rows * columns)]] = True
+        mask = torch.zeros(rows * columns, dtype=torch.bool, device="cpu")
+        mask[torch.randperm(rows * columns, device="cpu")[: count(density, rows * columns)]] = True
         super().__init__()
         self._shape(in_features, out_features, block)
         self.data = nn.Parameter(torch.empty(int(mask.sum()), *block, device=device, dtype=dtype))
@@ -64,12 +71,32 @@ class BlockSparseLinear(SparsifiedLinear):
 
     def _place(self, mask: Tensor, device: Any) -> None:
         mask = mask.to(device="cpu")
-        crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
-        crow[1:] = mask.sum(1).cumsum(0)
-        col = mask.nonzero()[:, 1].int()
+        crow, col = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int(), mask.nonzero()[:, 1].int()
+        index = transposed_index(crow, col, mask.shape[1])
         self.register_buffer("crow", crow.to(device))
         self.register_buffer("col", col.to(device))
-        self.register_buffer("index", transposed_index(crow, col, mask.shape[1]).to(device), persistent=False)
+        self.register_buffer("index", index.to(device), persistent=False)
+        if self.crow.is_meta:
+            self._drawn = crow, col, index
+
+    @property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`crow`, `col` and `index` with what they say; None where nobody knows."""
+        if self.crow.is_meta or self.col.is_meta:
+            return self._drawn
+        index = transposed_index(self.crow, self.col, self._grid[1]) if self.index.is_meta else self.index
+        return self.crow, self.col, index
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Where the blocks are is no value: `to_empty` and a stay on the meta device leave it as it was."""
+        known = self._places
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if known is not None and self.crow.is_meta:
+            self._drawn = known
+        elif known is not None:
+            for name, was in zip(("crow", "col", "index"), known, strict=True):
+                self._buffers[name] = was.to(getattr(self, name).device)
+        return self
 
     @classmethod
     def of(cls, weight: Tensor, bias: nn.Parameter | None, mask: Tensor, block: Grid) -> BlockSparseLinear:
@@ -103,12 +130,13 @@ class BlockSparseLinear(SparsifiedLinear):
         `mask` says (blocks, or elements of which whole blocks are kept). `inputs` (…, in): typical inputs, which
         "activation" and `rescale` go by; `rescale` scales each output to make up for what is left out.
         """
-        if density is not None and not isinstance(density, float | int):
+        if density is not None and not isinstance(density, Real):
             density, mask = None, density
         block = checked_block(block_shape)
         weight, bias = dense_weight(linear)
         kept = kept_blocks(weight, block, density, select if mask is None else mask, inputs)
         layer = cls.of(weight, bias, kept, block)
+        layer.fan_in_fan_out = is_fan_in_fan_out(linear)
         if rescale:
             layer.rescale(weight, inputs)
         return layer.train(linear.training)
@@ -127,7 +155,7 @@ class BlockSparseLinear(SparsifiedLinear):
     @property
     def density(self) -> float:
         """The share of blocks that are kept."""
-        return self.data.shape[0] / math.prod(self._grid)
+        return self.data.shape[0] / max(1, math.prod(self._grid))
 
     @property
     def mask(self) -> Tensor:
@@ -141,6 +169,10 @@ class BlockSparseLinear(SparsifiedLinear):
         data = self.data if data is None else data
         whole = to_dense(data, self.index[: data.shape[0]], self.col, self._grid)
         return whole[: self.out_features, : self.in_features]
+
+    def taken(self, weight: Tensor) -> Tensor:
+        """The blocks of a matrix (out, in) that the layer keeps."""
+        return from_dense(weight, self.index[: self.data.shape[0]], self.col, self.block_shape)
 
     def operands(self, x: Any, bias: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments of `block_linear`."""
@@ -161,27 +193,31 @@ class BlockSparseLinear(SparsifiedLinear):
         (rows, columns), (bo, bi) = self._grid, self.block_shape
         over, beyond = rows * bo - self.out_features, columns * bi - self.in_features
         if over:
-            self.data[self.index[: self.data.shape[0]] == rows - 1, bo - over :] = 0
+            last = (self.index[: self.data.shape[0]] == rows - 1).view(-1, 1, 1)
+            self.data[:, bo - over :].masked_fill_(last, 0)
         if beyond:
-            self.data[self.col == columns - 1, :, bi - beyond :] = 0
+            self.data[:, :, bi - beyond :].masked_fill_((self.col == columns - 1).view(-1, 1, 1), 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) -> (…, out)."""
-        y: Tensor = torch.ops.fxopt.block_linear(
-            x, self.data, self.bias, self.crow, self.col, self.index, self.out_features
-        )
+    def forward(self, input: Tensor) -> Tensor:
+        """input (…, in) -> (…, out)."""
+        # The operator takes every width that ends in the last block; the proxies that fx traces with have none to check
+        if isinstance(input, Tensor) and input.shape[-1:] != (self.in_features,):
+            raise UsageError(f"the input is {tuple(input.shape)}, expected {self.in_features} features")
+        y: Tensor = block_linear(input, self.data, self.bias, self.crow, self.col, self.index, self.out_features)
         return y
 
     def extra_repr(self) -> str:
         """What `repr` says beside the name."""
         bo, bi = self.block_shape
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, density={self.density:.3g}, block_shape=({bo}, {bi})"
+        turned = ", fan_in_fan_out=True" if self.fan_in_fan_out else ""
+        return f"{shape}, density={self.density:.3g}, block_shape=({bo}, {bi}){turned}"
 
     @torch.no_grad()
     def reindex(self) -> None:
         """Derive the transposed index anew, in place, after `crow` and `col` were written to."""
-        self.index.copy_(transposed_index(self.crow, self.col, self._grid[1]))
+        index = transposed_index(self.crow, self.col, self._grid[1])
+        self.index = self.index.copy_(index) if self.index.device == index.device else index
 
     def _load_from_state_dict(
         self,
@@ -193,24 +229,61 @@ class BlockSparseLinear(SparsifiedLinear):
         unexpected: Any,
         errors: Any,
     ) -> None:
-        dense = state_dict.get(f"{prefix}weight")
-        if dense is not None and f"{prefix}data" not in state_dict:
-            if tuple(dense.shape) != (self.out_features, self.in_features):
-                wanted = (self.out_features, self.in_features)
-                errors.append(f"{prefix}weight is {tuple(dense.shape)}, expected {wanted}, or blocks as {prefix}data")
-                return
-            del state_dict[f"{prefix}weight"]
-            row = self.index[: self.data.shape[0]].to(dense.device)
-            state_dict[f"{prefix}data"] = from_dense(dense, row, self.col.to(dense.device), self.block_shape)
-            state_dict[f"{prefix}crow"], state_dict[f"{prefix}col"] = self.crow, self.col
-        crow, col = state_dict.get(f"{prefix}crow", self.crow), state_dict.get(f"{prefix}col", self.col)
-        if problem := self._misplaced(crow, col):
-            errors.append(f"{prefix}crow and {prefix}col {problem}")
+        # All or nothing: blocks at the places of another state are a weight that nobody had. So everything is looked at
+        # first; `errors` has those of the whole model, and says nothing of this layer.
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        if problem := self._take_dense(state_dict, prefix) or self._unfit(state_dict, prefix, assign):
+            errors.append(problem)
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        if not errors and not self.crow.is_meta:
-            index = transposed_index(self.crow, self.col, self._grid[1])
-            self.index = index if self.index.is_meta else self.index.copy_(index)
+        if f"{prefix}crow" in state_dict and not self.crow.is_meta and not self.col.is_meta:
+            if assign:  # a layer that shares the former index keeps its own places
+                self.index = torch.empty_like(self.index, device=self.crow.device)
+            self.reindex()
+
+    def _take_dense(self, state_dict: Any, prefix: str) -> str | None:
+        """Put the layer's blocks of a dense weight in its place; or why there are none."""
+        dense = state_dict.get(f"{prefix}weight")
+        if not isinstance(dense, Tensor) or f"{prefix}data" in state_dict:
+            return None
+        shape = (self.out_features, self.in_features)
+        shape = shape[::-1] if self.fan_in_fan_out else shape
+        if tuple(dense.shape) != shape:
+            return f"{prefix}weight is {tuple(dense.shape)}, expected {shape}, or blocks as {prefix}data"
+        if self._places is None:
+            return f"{prefix}weight is dense, but the layer's own blocks were lost on the meta device; load blocks"
+        del state_dict[f"{prefix}weight"]
+        crow, col, index = (t.to(dense.device) for t in self._places)
+        weight = dense.detach().t() if self.fan_in_fan_out else dense.detach()
+        state_dict[f"{prefix}data"] = from_dense(weight, index[: col.numel()], col, self.block_shape)
+        state_dict[f"{prefix}crow"], state_dict[f"{prefix}col"] = crow, col
+        return None
+
+    def _unfit(self, state_dict: Any, prefix: str, assign: bool) -> str | None:
+        """Why the layer cannot have this state, or nothing; what it can have of `crow` and `col` is made int32."""
+        present = [name for name in ("data", "crow", "col", "bias") if prefix + name in state_dict]
+        if ("crow" in present or "col" in present) and not {"data", "crow", "col"} <= set(present):
+            return f"{prefix}data, crow and col belong together, but there is only {', '.join(present)}"
+        for name in present:
+            own, given = getattr(self, name), state_dict[prefix + name]
+            if own is None:  # a bias that nobody expects
+                continue
+            if not isinstance(given, Tensor):
+                return f"{prefix}{name} is {type(given).__name__}, expected a tensor"
+            if given.is_meta and not own.is_meta and not assign:
+                return f"{prefix}{name} is on the meta device, and has nothing to copy"
+            if name in ("data", "bias") and given.shape != own.shape:
+                more = "; make the layer with the density and block shape of what is loaded" * (name == "data")
+                return f"{prefix}{name} is {tuple(given.shape)}, expected {tuple(own.shape)}{more}"
+            if name in ("crow", "col") and given.dtype not in _INTEGERS:
+                return f"{prefix}{name} is {given.dtype}, expected torch.int32"
+        crow, col = (state_dict.get(prefix + name, getattr(self, name)) for name in ("crow", "col"))
+        if problem := self._misplaced(crow, col):
+            return f"{prefix}crow and {prefix}col {problem}"
+        for name in present:
+            if name in ("crow", "col"):
+                state_dict[prefix + name] = state_dict[prefix + name].int().contiguous()
+        return None
 
     def _misplaced(self, crow: Tensor, col: Tensor) -> str | None:
         """Why these are no places of as many blocks as the layer has; None if they are."""

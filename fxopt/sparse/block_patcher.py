@@ -28,7 +28,7 @@ from fxopt.sparse.block_plan import (
     specified,
 )
 from fxopt.sparse.block_report import LayerReport, SparsifyReport
-from fxopt.sparse.block_select import dense_weight
+from fxopt.sparse.block_select import dense_weight, is_fan_in_fan_out
 from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
 Mode = Literal["zeros", "merge"]
@@ -248,6 +248,7 @@ def _put(model: nn.Module, group: Sequence[_Layer], plan: Plan, rollback: ExitSt
             _, bias = dense_weight(layer.module)
             new = plan.layer.tied(bias)
         new.training = layer.module.training
+        new.fan_in_fan_out = is_fan_in_fan_out(layer.module)
         for path in layer.paths:
             _set(model, path, new, rollback)
         done.append(_Patched(layer.paths, layer.module, new, plan.factor, places, trained))

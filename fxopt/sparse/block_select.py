@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ def kept_blocks(
     - "random" or "random(seed)": any; the seed is 0 if not given.
     - "existing": all that are not zero; nothing is lost, and `density` is not asked for.
     - a mask (rows, columns) or (out, in), of which every block that has a true element is kept, or a matrix of scipy
-      or a sparse tensor with the shape of `weight`, of which every block that has an element is kept.
+      or a sparse tensor with the shape of `weight`, of which every block that stores an element is kept, be it zero.
 
     At least one block is kept. Raises `UsageError`.
     """
+    if weight.is_meta:
+        raise UsageError("the weight is on the meta device, and has no elements to choose by; load it first")
     blocks = block_view(weight.detach(), block)
     rows, columns = blocks.shape[:2]
     if not isinstance(select, str):
@@ -66,9 +69,9 @@ def block_energy(weight: Tensor, block: Grid, moments: Tensor | None = None) -> 
 
 def count(density: float, blocks: int) -> int:
     """How many of `blocks` the share `density` is, at least one; `UsageError` outside of (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, float | int) or not 0 < density <= 1:
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
         raise UsageError(f"density={density!r} was given, expected a number in (0, 1]: the share of blocks to keep")
-    return max(1, round(density * blocks))
+    return max(1, round(float(density) * blocks))
 
 
 def dense_weight(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
@@ -77,11 +80,16 @@ def dense_weight(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
     if type(linear) is nn.Linear:
         assert isinstance(weight, Tensor)
         return weight, bias
-    if type(linear).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+    if is_fan_in_fan_out(linear) and isinstance(weight, Tensor) and weight.dim() == 2:
         return weight.t(), bias
     raise UsageError(
         f"a {type(linear).__name__} was given, expected torch.nn.Linear (a subclass may compute otherwise)"
     )
+
+
+def is_fan_in_fan_out(linear: nn.Module) -> bool:
+    """Whether the weight of a linear layer is (in, out): transformers' `Conv1D`, which need not be installed."""
+    return type(linear).__name__ == "Conv1D"
 
 
 def check_select(select: Select) -> None:
@@ -128,13 +136,21 @@ def _from_mask(select: Any, weight: Tensor, block: Grid, grid: Grid) -> Tensor:
 def dense_mask(mask: Any) -> Tensor:
     """A mask in any of its forms as a dense bool tensor, which shares no memory with numpy; `UsageError` if none."""
     if hasattr(mask, "tocoo"):  # scipy's sparse matrices, which need not be installed
-        mask = mask.astype(bool).toarray()
+        stored = mask.tocoo()
+        return _at((torch.as_tensor(stored.row), torch.as_tensor(stored.col)), stored.shape)
     try:
         given: Tensor = mask if isinstance(mask, Tensor) else torch.as_tensor(mask).clone()
     except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(mask).__name__
         raise UsageError(
-            f"a {kind} was given to select, expected {', '.join(NAMES)}, random(SEED) or a mask"
+            f"a {type(mask).__name__} was given to select, expected {', '.join(NAMES)}, random(SEED) or a mask of numbers"
         ) from error
-    given = given if given.layout is torch.strided else given.to_dense()
-    return given if given.dtype is torch.bool else given.ne(0)
+    if given.layout is torch.strided:
+        return given.ne(0)
+    return _at(given.detach().to_sparse_coo().coalesce().indices(), given.shape)
+
+
+def _at(places: Any, shape: Any) -> Tensor:
+    """True at every place that a sparse matrix stores, zeros too: what is stored was chosen."""
+    mask = torch.zeros(tuple(shape), dtype=torch.bool, device=places[0].device)
+    mask[tuple(at.long() for at in places)] = True
+    return mask

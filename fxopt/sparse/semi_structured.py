@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import UsageError
 from fxopt.kernels import semi_structured as kernels
-from fxopt.sparse.block_select import Select, dense_weight, moments
+from fxopt.sparse.block_select import Select, dense_weight, is_fan_in_fan_out, moments
 from fxopt.sparse.pruning import n_m_mask
 from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
@@ -77,6 +77,7 @@ class SemiStructuredLinear(SparsifiedLinear):
         """
         weight, bias = dense_weight(linear)
         layer = cls.of(weight, bias, kept_pairs(weight, select, inputs))
+        layer.fan_in_fan_out = is_fan_in_fan_out(linear)
         if rescale:
             layer.rescale(weight, inputs)
         return layer.train(linear.training)
@@ -84,6 +85,10 @@ class SemiStructuredLinear(SparsifiedLinear):
     def dense(self, values: Tensor | None = None) -> Tensor:
         """`values`, or else the layer's own, as a matrix (out, in)."""
         return kernels.to_dense(self.values if values is None else values, self.metadata)
+
+    def taken(self, weight: Tensor) -> Tensor:
+        """The values of a matrix (out, in) that the layer keeps."""
+        return weight.gather(1, kernels.places(self.metadata))
 
     def operands(self, x: Any, bias: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments of `semi_structured_linear`."""
@@ -95,9 +100,9 @@ class SemiStructuredLinear(SparsifiedLinear):
         """Multiply each output by its `factor` (out,)."""
         self.values.mul_(factor.unsqueeze(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) -> (…, out)."""
-        y: Tensor = torch.ops.fxopt.semi_structured_linear.default(x, self.values, self.bias, self.metadata)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (…, in) -> (…, out)."""
+        y: Tensor = torch.ops.fxopt.semi_structured_linear.default(input, self.values, self.bias, self.metadata)
         return y
 
     def extra_repr(self) -> str:

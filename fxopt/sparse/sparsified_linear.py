@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from fxopt.errors import UsageError
+from fxopt.sparse.computed_weight import ComputedWeight
+
 
 class SparsifiedLinear(nn.Module):
     """y = x @ weightᵀ + bias, the weight (out, in) being a part of that of the layer that it was made of."""
@@ -18,6 +21,8 @@ class SparsifiedLinear(nn.Module):
     in_features: int
     out_features: int
     bias: nn.Parameter | None
+    fan_in_fan_out: bool = False
+    """Whether the weight of the layer that it was made of is (in, out), as that of transformers' `Conv1D`."""
 
     def dense(self, values: Tensor | None = None) -> Tensor:
         """`values`, in the form of the layer's own parameter and by default these, as a matrix (out, in)."""
@@ -36,10 +41,40 @@ class SparsifiedLinear(nn.Module):
         """What the weight is made of, the parameter first."""
         return tuple(getattr(self, name) for name in self.TENSORS)
 
+    def taken(self, weight: Tensor) -> Tensor:
+        """What the layer keeps of a matrix (out, in), in the form of its own parameter."""
+        raise NotImplementedError
+
     @property
     def weight(self) -> Tensor:
-        """The weight (out, in) with its zeros, computed anew each time; differentiable."""
-        return self.dense()
+        """
+        The weight (out, in) with its zeros; its elements are computed anew where they are read, differentiably.
+
+        Assigned a matrix (out, in), the layer takes from it what it keeps, in place; `UsageError` if it is none. Writes
+        to the weight raise `UsageError`, but writes to a part of it, such as `layer.weight[0].zero_()`, are lost.
+        """
+        values = self.tensors[0]
+        if torch.compiler.is_compiling():  # leaves out by itself what nobody reads
+            return self.dense(values)
+        return ComputedWeight(lambda: self.dense(values), (self.out_features, self.in_features), values)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        wanted = (self.out_features, self.in_features)
+        if not isinstance(value, Tensor) or tuple(value.shape) != wanted:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UsageError(f"weight was assigned {given}, expected a tensor {wanted}")
+        values = self.tensors[0]
+        if value.is_meta or values.is_meta:
+            raise UsageError("weight was assigned on the meta device, where there is nothing to copy")
+        with torch.no_grad():
+            values.copy_(self.taken(value.detach().to(values.device)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # a module would register a parameter, or refuse to
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def kept(self) -> Tensor:
@@ -47,7 +82,10 @@ class SparsifiedLinear(nn.Module):
         return self.dense(torch.ones_like(self.tensors[0])) != 0
 
     def to_dense(self) -> nn.Linear:
-        """A dense layer that computes the same, with a weight of its own and this layer's bias."""
+        """
+        A dense layer that computes the same, with a weight of its own and this layer's bias: a `torch.nn.Linear`, with
+        a weight (out, in), also where the layer was made of a `Conv1D`.
+        """
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         weight = self.dense().detach().contiguous().clone()
         layer.weight = nn.Parameter(weight, requires_grad=self.tensors[0].requires_grad)

@@ -285,6 +285,60 @@ def test_what_does_not_fit_is_refused(x, data, features, message):
         block_linear(x, weight.data, None, *weight.where, features)
 
 
+WRONG = (
+    ("crow", lambda t: t.long(), "crow is 1-d torch.int64 on cpu, expected 1-d contiguous torch.int32 on cpu"),
+    ("col", lambda t: t.long(), "col is 1-d torch.int64"),
+    ("index", lambda t: t.float(), "index is 1-d torch.float32"),
+    ("crow", lambda t: t.repeat_interleave(2)[::2], "crow is 1-d torch.int32 on cpu, not contiguous"),
+    ("col", lambda t: t.repeat_interleave(2)[::2], "col is .* not contiguous"),
+    ("index", lambda t: t.repeat_interleave(2)[::2], "index is .* not contiguous"),
+    ("index", lambda t: t.to("meta"), "index is 1-d torch.int32 on meta"),
+    ("col", lambda t: t[:, None], "col is 2-d"),
+    ("col", lambda t: t[:-1], "col 7, index 29, expected rows \\+ 1, 8 and 24 \\+ columns \\+ 1 for 8 blocks"),
+    ("index", lambda t: t[:20], "index 20, expected rows"),
+    ("crow", lambda t: t[:0], "crow has 0 numbers"),
+    ("data", lambda t: t[0], r"the blocks are \(32, 16\), expected three dimensions"),
+    ("bias", lambda t: t[:5], r"the bias is \(5,\), expected \(64,\)"),
+    ("bias", lambda t: t.to("meta"), "the input is on cpu, the bias on meta, the blocks are on cpu"),
+    ("x", lambda t: t[0, 0], "the input has no dimension"),
+    ("x", lambda t: t.to("meta"), "the input is on meta, the bias on cpu, the blocks"),
+)
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG)
+@pytest.mark.parametrize("recorded", (False, True))
+def test_what_the_kernels_would_read_as_something_else_is_refused(name, change, message, recorded):
+    weight = Weight(64, 64, (32, 16), 1.0)
+    given = dict(zip(("crow", "col", "index"), weight.where, strict=True))
+    given |= {"x": torch.randn(3, 64), "data": weight.data.requires_grad_(recorded), "bias": torch.randn(64)}
+    given[name] = change(given[name])
+    with pytest.raises(ValueError, match=message) as caught:
+        block_linear(*(given[n] for n in ("x", "data", "bias", "crow", "col", "index")), 64)
+    assert "\n" not in str(caught.value)
+    if name not in ("bias", "data"):
+        with pytest.raises(ValueError):
+            block_gradient(torch.randn(3, 64), *(given[n] for n in ("x", "data", "crow", "col", "index")))
+
+
+def test_fake_tensors_are_refused_alike():
+    weight = Weight(64, 64, (32, 16), 1.0)
+    with pytest.raises(ValueError, match="has 80 features"):
+        block_linear(torch.empty(3, 80, device="meta"), *meta(weight.data, None, *weight.where), 64)
+    with pytest.raises(ValueError, match=r"col is 1-d torch\.int64"):
+        crow, col, index = weight.where
+        block_linear(torch.empty(3, 64, device="meta"), *meta(weight.data, None, crow, col.long(), index), 64)
+
+
+def meta(*tensors):
+    return [t if t is None else t.to("meta") for t in tensors]
+
+
+@pytest.mark.parametrize(("out", "inputs"), ((5, 0), (0, 5), (0, 0)))
+@pytest.mark.parametrize("tokens", ((), (3,), (2, 3)))
+def test_weights_without_features(out, inputs, tokens):
+    check(Weight(out, inputs, (32, 16), 1.0), tokens, torch.float32, True)
+
+
 def test_an_instruction_set_is_asked_for_by_name(monkeypatch):
     if native.library() is None:
         pytest.skip(native.why_not())
