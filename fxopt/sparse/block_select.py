@@ -141,9 +141,9 @@ def dense_mask(mask: Any) -> Tensor:
     try:
         given: Tensor = mask if isinstance(mask, Tensor) else torch.as_tensor(mask).clone()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"a {type(mask).__name__} was given to select, expected {', '.join(NAMES)}, random(SEED) or a mask of numbers"
-        ) from error
+        names = ", ".join((*NAMES, "random(SEED)"))
+        given_type = type(mask).__name__
+        raise UsageError(f"a {given_type} was given to select, expected {names} or a mask of numbers") from error
     if given.layout is torch.strided:
         return given.ne(0)
     return _at(given.detach().to_sparse_coo().coalesce().indices(), given.shape)

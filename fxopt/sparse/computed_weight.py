@@ -21,11 +21,12 @@ class ComputedWeight(Tensor):
     """
 
     compute: Callable[[], Tensor]
+    detached: bool
 
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], shape: tuple[int, int], like: Tensor) -> ComputedWeight:
         made: ComputedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        made.compute = compute
+        made.compute, made.detached = compute, False
         return made
 
     @classmethod
@@ -34,11 +35,15 @@ class ComputedWeight(Tensor):
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func is Tensor.requires_grad_ and args[0].detached:  # a leaf of its own, of the same values
+            return func(args[0].compute(), *args[1:], **kwargs)
         if _writes(func, args, kwargs):
             raise UsageError(f"{_name(func)} would write to a weight that is computed; assign layer.weight = … instead")
         if func in _DETACHED:  # still no tensor that could be written to in vain
             weight = args[0]
-            return cls(lambda: weight.compute().detach(), tuple(weight.shape), weight)
+            apart = cls(lambda: weight.compute().detach(), tuple(weight.shape), weight)
+            apart.detached = True
+            return apart
         return func(*tree_map_only(cls, _compute, args), **tree_map_only(cls, _compute, kwargs))
 
     @classmethod

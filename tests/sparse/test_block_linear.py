@@ -406,7 +406,7 @@ def test_layers_without_features(inputs, outputs):
         (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), 0.5, select="activation"), "needs inputs"),
         (
             lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), 0.5, select=None),
-            "select=None was given, expected a",
+            "a NoneType was given to select, expected ",
         ),
         (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), mask=[["a"]]), "or a mask of numbers"),
         (lambda: BlockSparseLinear.from_dense(nn.Linear(64, 64), mask=object()), "a mask of numbers"),

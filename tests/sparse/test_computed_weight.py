@@ -104,6 +104,13 @@ def test_writes_are_refused(name, layer):
     assert torch.equal(layer.dense(), before)
 
 
+def test_detached_it_can_be_a_leaf(layer):
+    leaf = layer.weight.detach().requires_grad_()
+    (leaf * 2).sum().backward()
+    assert type(leaf) is torch.Tensor and torch.equal(leaf.grad, torch.full_like(leaf, 2))
+    assert torch.equal(leaf, layer.dense())
+
+
 def test_below_torch_functions_it_says_what_to_call(layer):
     with torch._C.DisableTorchFunctionSubclass(), pytest.raises(UsageError, match=r"call layer\.dense\(\) first"):
         layer.weight.sum()
