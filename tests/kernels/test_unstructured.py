@@ -190,6 +190,54 @@ class TestConv2d:
         thinned(dense.weight, 0.5, 0)
         agree(dense, torch.randn(shape), "random")
 
+    @given(
+        kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+        dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+        groups=st.sampled_from([1, 2]),
+        size=st.tuples(st.integers(7, 20), st.integers(7, 20)),
+        number=st.sampled_from([float("inf"), float("nan")]),
+        of_input=st.booleans(),
+        seed=st.integers(0, 2**20),
+        threads=st.integers(1, 3),
+        isa=st.sampled_from(native.ISAS),
+    )
+    def test_what_is_not_finite_spreads_no_further_than_it_is_read(
+        self, kernel, stride, padding, dilation, groups, size, number, of_input, seed, threads, isa
+    ):
+        torch.manual_seed(seed)
+        dense = nn.Conv2d(2 * groups, 3 * groups, kernel, stride, padding, dilation, groups, bias=False)
+        thinned(dense.weight, 0.5, seed)
+        sparse, x = SparseConv2d.from_dense(dense), torch.randn(2, 2 * groups, *size)
+        g = torch.randn_like(sparse(x))
+        hit = x if of_input else g
+        hit.view(-1)[seed % hit.numel()] = number
+        # Which pairs of pixels meet in a sum, counted: an integer for each element of the result and of the gradients.
+        mask, options = sparse.mask().double(), (stride, padding, dilation, groups)
+        bad_x, bad_g = (~x.isfinite()).double(), (~g.isfinite()).double()
+        whole = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
+        back = torch.ops.aten.convolution_backward
+        by_x = back(torch.ones_like(bad_g), bad_x, mask, None, *whole, [False, True, False])[1]
+        by_g = back(bad_g, torch.ones_like(bad_x), mask, None, *whole, [False, True, False])[1]
+        with pytest.MonkeyPatch.context() as patch, threading(threads):
+            use("portable", patch)  # which every CPU has
+            if native.ISAS.index(isa) <= native.library().fxopt_best_isa():
+                use(isa, patch)
+            x.requires_grad_()
+            y = sparse(x)
+            y.backward(g)
+        assert torch.equal(y.isfinite(), torch.conv2d(bad_x, mask, None, *options) < 0.5)
+        assert torch.equal(sparse.values.grad.isfinite(), (by_x + by_g)[sparse.mask()] < 0.5)
+        dx = back(bad_g, bad_x, mask, None, *whole, [True, False, False])[0]
+        assert torch.equal(x.grad.isfinite(), dx < 0.5)
+        if not of_input:  # the others are what they would be
+            finite = sparse.values.grad.isfinite()
+            expected = back(g.nan_to_num(0, 0, 0), x.detach(), dense.weight, None, *whole, [False, True, False])[1]
+            torch.testing.assert_close(
+                sparse.values.grad[finite], expected[sparse.mask()][finite], rtol=1e-4, atol=1e-4
+            )
+
     def test_wide_images_and_many_channels(self, isa):
         dense = nn.Conv2d(70, 40, 3, stride=2, padding=1)
         thinned(dense.weight, 0.9, 0)
