@@ -48,6 +48,10 @@ class SparseWeight(nn.Module):
         """Where the values stand: True in a boolean tensor of `weight_shape`."""
         raise NotImplementedError
 
+    def to_dense(self) -> nn.Module:
+        """The same layer as torch has it."""
+        raise NotImplementedError
+
     @property
     def weight(self) -> nn.Parameter:
         """The values, as in SparseProp; see `dense_weight`."""
