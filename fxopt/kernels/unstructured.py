@@ -143,7 +143,7 @@ def sparse_conv2d(
     """
     _check("sparse_conv2d", x, values, bias, row_start, column, column_start, row, place)
     window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation, groups)
-    images = x.reshape(-1, *x.shape[-3:]).contiguous()
+    images = x.reshape(x.shape[:-3].numel(), *x.shape[-3:]).contiguous()
     run = _kernel("fxopt_sparse_conv2d", [_P] * 7 + [_I] * 2, x) if window.fits() else None
     if run is None:
         weight = window.weight(values, row_start, column, groups)
@@ -216,7 +216,7 @@ def sparse_conv2d_backward(
     """The gradients of `sparse_conv2d` by x, values and bias, from that by its result; empty where not `wanted`."""
     _check("sparse_conv2d_backward", x, values, None, row_start, column, column_start, row, place)
     window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation, groups)
-    images = x.reshape(-1, *x.shape[-3:]).contiguous()
+    images = x.reshape(x.shape[:-3].numel(), *x.shape[-3:]).contiguous()
     g = gradient.reshape(images.shape[0], window.outputs, *window.out).contiguous()
     run = _kernel("fxopt_sparse_conv2d_backward", [_P] * 10 + [_I] * 3, x, gradient) if window.fits() else None
     if run is None:

@@ -190,6 +190,14 @@ class TestConv2d:
         thinned(dense.weight, 0.5, 0)
         agree(dense, torch.randn(shape), "random")
 
+    def test_an_image_without_pixels_is_padding_alone(self, isa):
+        dense = nn.Conv2d(3, 5, 3, padding=2)
+        sparse, x = SparseConv2d.from_dense(dense), torch.randn(2, 3, 0, 4, requires_grad=True)
+        y = sparse(x)
+        y.sum().backward()
+        assert torch.equal(y, dense.bias.view(-1, 1, 1).expand(2, 5, 2, 6)) and x.grad.shape == x.shape
+        assert not sparse.values.grad.any() and sparse.bias.grad.tolist() == [24.0] * 5
+
     @given(
         kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
         stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
