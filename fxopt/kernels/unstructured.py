@@ -56,30 +56,29 @@ def sparse_linear(
     Raises `UsageError` for other dtypes and for shapes that do not fit.
     """
     inputs, outputs = column_start.numel() - 1, row_start.numel() - 1
-    _check("sparse_linear", x, values, bias, column)
+    _check("sparse_linear", x, values, bias, row_start, column, column_start, row, place)
     if x.dim() == 0 or x.shape[-1] != inputs:
         raise UsageError(f"sparse_linear was given an input of shape {tuple(x.shape)}; expected (..., {inputs})")
-    x2 = x.reshape(-1, inputs).contiguous()
-    run = _kernel("fxopt_sparse_linear", [_P] * 6 + [_L] * 3 + [_I] * 2, x)
+    rows = x.shape[:-1].numel()
+    run = _kernel("fxopt_sparse_linear", [_P] * 6 + [_L] * 3 + [_I] * 2, x) if rows and inputs and outputs else None
     if run is None:
         return F.linear(x, dense(values, row_start, column, inputs), bias)
-    y = x.new_empty(x2.shape[0], outputs)
-    held = (x2, row_start, column, values.contiguous(), _contiguous(bias), y)
-    run(*map(native.address, held), x2.shape[0], inputs, outputs, *_context(x2.shape[0] * values.numel()))
+    y = x.new_empty(rows, outputs)
+    held = (x.contiguous(), row_start, column, values.contiguous(), _contiguous(bias), y)
+    run(*map(native.address, held), rows, inputs, outputs, *_context(rows * values.numel()))
     return y.view(*x.shape[:-1], outputs)
 
 
 def _linear_reference(
-    x: Tensor, values: Tensor, bias: Any, row_start: Tensor, column: Tensor, column_start: Tensor, *by_column: Any
+    x: Tensor, values: Tensor, bias: Any, row_start: Tensor, column: Tensor, column_start: Tensor, *by_column: Tensor
 ) -> Tensor:
     """The same in plain torch, on the dense weight."""
-    _check("sparse_linear", x, values, bias, column)
+    _check("sparse_linear", x, values, bias, row_start, column, column_start, *by_column)
     return F.linear(x, dense(values, row_start, column, column_start.numel() - 1), bias)
 
 
-def _sparse_linear_like(
-    x: Tensor, values: Tensor, bias: Any, row_start: Tensor, column: Any, column_start: Any, row: Any, place: Any
-) -> Tensor:
+def _sparse_linear_like(x: Tensor, values: Tensor, bias: Any, row_start: Tensor, *other: Tensor) -> Tensor:
+    _check("sparse_linear", x, values, bias, row_start, *other)
     return x.new_empty(*x.shape[:-1], row_start.shape[0] - 1)
 
 
@@ -95,9 +94,11 @@ def sparse_linear_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `sparse_linear` by x, values and bias, from that by its result; empty where not `wanted`."""
-    inputs, outputs = column_start.numel() - 1, row_start.numel() - 1
-    x2, g2 = x.reshape(-1, inputs).contiguous(), gradient.reshape(-1, outputs).contiguous()
-    run = _kernel("fxopt_sparse_linear_backward", [_P] * 9 + [_L] * 3 + [_I] * 3, x, gradient)
+    inputs, outputs, rows = column_start.numel() - 1, row_start.numel() - 1, x.shape[:-1].numel()
+    _check("sparse_linear_backward", x, values, None, row_start, column, column_start, row, place)
+    x2, g2 = x.reshape(rows, inputs).contiguous(), gradient.reshape(rows, outputs).contiguous()
+    argtypes = [_P] * 9 + [_L] * 3 + [_I] * 3
+    run = _kernel("fxopt_sparse_linear_backward", argtypes, x, gradient) if rows and inputs and outputs else None
     dx, dw, db = gradients_like(x, values, outputs, wanted)
     if run is None:
         if wanted[0]:
@@ -106,8 +107,7 @@ def sparse_linear_backward(
             dw = (g2.t() @ x2)[rows_of(row_start), column.long()]
         return dx, dw, g2.sum(0) if wanted[2] else db
     held = (x2, g2, column_start, row, place, values.contiguous(), dx, dw, db)
-    sizes = (x2.shape[0], inputs, outputs)
-    run(*map(native.address, held), *sizes, _bits(wanted), *_context(x2.shape[0] * values.numel()))
+    run(*map(native.address, held), rows, inputs, outputs, _bits(wanted), *_context(rows * values.numel()))
     return dx, dw, db
 
 
@@ -141,9 +141,9 @@ def sparse_conv2d(
     The weight is a `Pattern`; `padding`, with zeros, is (top, bottom, left, right). The result is contiguous whatever
     the layout of x. Raises `UsageError` for other dtypes and for shapes that do not fit.
     """
-    _check("sparse_conv2d", x, values, bias, column)
-    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
-    images = x.reshape(-1, *x.shape[-3:]).contiguous()
+    _check("sparse_conv2d", x, values, bias, row_start, column, column_start, row, place)
+    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation, groups)
+    images = x.reshape(x.shape[:-3].numel(), *x.shape[-3:]).contiguous()
     run = _kernel("fxopt_sparse_conv2d", [_P] * 7 + [_I] * 2, x) if window.fits() else None
     if run is None:
         weight = window.weight(values, row_start, column, groups)
@@ -172,8 +172,8 @@ def _conv2d_reference(
     groups: int,
 ) -> Tensor:
     """The same in plain torch, on the dense weight."""
-    _check("sparse_conv2d", x, values, bias, column)
-    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
+    _check("sparse_conv2d", x, values, bias, row_start, column, column_start, row, place)
+    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation, groups)
     return F.conv2d(window.pad(x), window.weight(values, row_start, column, groups), bias, stride, 0, dilation, groups)
 
 
@@ -182,17 +182,18 @@ def _sparse_conv2d_like(
     values: Tensor,
     bias: Any,
     row_start: Tensor,
-    column: Any,
+    column: Tensor,
     column_start: Tensor,
-    row: Any,
-    place: Any,
+    row: Tensor,
+    place: Tensor,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
+    _check("sparse_conv2d", x, values, bias, row_start, column, column_start, row, place)
+    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation, groups)
     return x.new_empty(window.result(x))
 
 
@@ -213,9 +214,10 @@ def sparse_conv2d_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `sparse_conv2d` by x, values and bias, from that by its result; empty where not `wanted`."""
-    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation)
-    images = x.reshape(-1, *x.shape[-3:]).contiguous()
-    g = gradient.reshape(-1, window.outputs, *window.out).contiguous()
+    _check("sparse_conv2d_backward", x, values, None, row_start, column, column_start, row, place)
+    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation, groups)
+    images = x.reshape(x.shape[:-3].numel(), *x.shape[-3:]).contiguous()
+    g = gradient.reshape(images.shape[0], window.outputs, *window.out).contiguous()
     run = _kernel("fxopt_sparse_conv2d_backward", [_P] * 10 + [_I] * 3, x, gradient) if window.fits() else None
     if run is None:
         return window.backward(g, x, images, values, row_start, column, groups, wanted)
@@ -237,21 +239,40 @@ def _sparse_conv2d_backward_like(
 # --- what both need --------------------------------------------------------------------------------------------------
 
 
-def _check(name: str, x: Tensor, values: Tensor, bias: Tensor | None, column: Tensor) -> None:
-    if x.dtype not in _DTYPES or any(t is not None and t.dtype != x.dtype for t in (values, bias)):
-        given = f"an input of {x.dtype} and values of {values.dtype}"
+def _check(name: str, x: Tensor, values: Tensor, bias: Tensor | None, *pattern: Tensor) -> None:
+    """Refuse what the C functions would take for something else; written out, as every call passes here."""
+    dtype, device = x.dtype, x.device
+    row_start, column, _, row, place = pattern
+    if dtype not in _DTYPES or values.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        given = f"an input of {dtype} and values of {values.dtype}"
+        given += "" if bias is None or bias.dtype == values.dtype else f", a bias of {bias.dtype}"
         raise UsageError(f"{name} was given {given}; expected float32 for all, or float64 for all: cast one of them")
-    if values.shape != column.shape:
-        expected = tuple(column.shape)
+    if values.device != device or (bias is not None and bias.device != device):
+        places = {str(t.device) for t in (x, values, bias) if t is not None}
         raise UsageError(
-            f"{name} was given values of shape {tuple(values.shape)}; expected {expected}, as in the pattern"
+            f"{name} was given tensors on {' and '.join(sorted(places))}; expected one device: move one of them"
         )
+    shape = values.shape
+    if shape != column.shape or shape != row.shape or shape != place.shape:
+        expected = tuple(column.shape)
+        raise UsageError(f"{name} was given values of shape {tuple(shape)}; expected {expected}, as in the pattern")
+    if bias is not None and (bias.dim() != 1 or bias.numel() != row_start.numel() - 1):
+        expected = (row_start.numel() - 1,)
+        raise UsageError(f"{name} was given a bias of shape {tuple(bias.shape)}; expected {expected}, one for each row")
+    for index in pattern:
+        if index.dtype != torch.int32 or index.device != device or not index.is_contiguous():
+            laid = "" if index.is_contiguous() else ", with gaps"
+            raise UsageError(
+                f"{name} was given a pattern of {index.dtype} on {index.device}{laid}; "
+                f"expected contiguous int32 on {device}: make the layer anew, or load its state again"
+            )
 
 
 def _kernel(name: str, arguments: Sequence[Any], *tensors: Tensor) -> Callable[..., None] | None:
     """The C function for these tensors, or None where torch has to do."""
-    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
-        return None
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or not tensor.is_cpu:
+            return None
     if name not in _functions:
         _functions[name] = native.function(name, arguments)
     return _functions[name]

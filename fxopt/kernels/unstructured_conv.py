@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fxopt.errors import UsageError
 from fxopt.kernels.unstructured_pattern import Pattern, by_row, conv2d_pattern, rows_of
-from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, mask_of
+from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, check_tensors, mask_of
+from fxopt.kernels.unstructured_window import check_options
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -36,24 +37,25 @@ class SparseConv2d(SparseWeight):
         padding_mode: PaddingMode = "zeros",
     ) -> None:
         super().__init__()
-        if weight.dim() != 4 or (bias is not None and bias.shape != weight.shape[:1]):
-            given = f"a weight of shape {tuple(weight.shape)}" + (
-                "" if bias is None else f", a bias of {tuple(bias.shape)}"
-            )
-            raise UsageError(f"SparseConv2d was given {given}; expected (out, in / groups, height, width) and (out,)")
+        check_tensors("SparseConv2d", weight, bias, ("out", "in / groups", "height", "width"))
         outputs, inner, *kernel = weight.shape
-        like = nn.Conv2d(
-            inner * groups,
-            outputs,
-            (kernel[0], kernel[1]),
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias is not None,
-            padding_mode,
-            device="meta",
-        )  # checks the options
+        try:
+            like = nn.Conv2d(
+                inner * groups,
+                outputs,
+                (kernel[0], kernel[1]),
+                stride,
+                padding,
+                dilation,
+                groups,
+                bias is not None,
+                padding_mode,
+                device="meta",
+            )
+        except ValueError as error:
+            raise UsageError(f"SparseConv2d was given options that torch.nn.Conv2d refuses: {error}") from error
+        padded = (0, 0) if isinstance(like.padding, str) else like.padding
+        check_options(like.kernel_size, like.stride, padded, like.dilation, groups)
         like.weight.requires_grad_(weight.requires_grad or not isinstance(weight, nn.Parameter))
         self.in_channels, self.out_channels, self.groups = inner * groups, outputs, groups
         self.kernel_size: Any = like.kernel_size

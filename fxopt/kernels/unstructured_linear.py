@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import UsageError
 from fxopt.kernels.unstructured_pattern import Pattern, by_row, linear_pattern, rows_of
-from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, mask_of
+from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, check_tensors, mask_of
 
 
 class SparseLinear(SparseWeight):
@@ -20,15 +20,11 @@ class SparseLinear(SparseWeight):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            given = f"a weight of shape {tuple(weight.shape)}" + (
-                "" if bias is None else f", a bias of {tuple(bias.shape)}"
-            )
-            raise UsageError(f"SparseLinear was given {given}; expected (out, in) and (out,)")
+        check_tensors("SparseLinear", weight, bias, ("out", "in"))
         self.out_features, self.in_features = weight.shape
         dense = weight.detach()
         mask = mask_of(dense)
-        like = nn.Linear(1, 1)
+        like = nn.Linear(1, 1, device="meta")  # which draws no random numbers
         like.weight.requires_grad_(weight.requires_grad or not isinstance(weight, nn.Parameter))
         self._set(dense[mask], linear_pattern(*by_row(mask), self.in_features), bias, like)
 

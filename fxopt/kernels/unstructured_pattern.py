@@ -63,6 +63,23 @@ def by_row(mask: Tensor) -> tuple[Tensor, Tensor]:
     return _starts(mask.sum(1)), column
 
 
+def is_pattern(row_start: Tensor, column: Tensor, rows: int, columns: int, groups: int) -> bool:
+    """
+    Whether these are a view by rows of a weight (rows, columns), each row's columns increasing; integers of any size.
+
+    Of a convolution's `groups`, each has its own columns: those of its rows, counted from those of the group before.
+    """
+    counts = row_start.long().diff()
+    if row_start.shape != (rows + 1,) or column.dim() != 1 or bool((counts < 0).any()):
+        return False
+    if int(row_start[0]) != 0 or int(row_start[-1]) != column.numel():
+        return False
+    row = rows_of(row_start)
+    inner = column.long() - row // max(1, rows // groups) * columns
+    in_range = bool(((inner >= 0) & (inner < columns)).all())
+    return in_range and bool(((row * columns + inner).diff() > 0).all())
+
+
 def rows_of(row_start: Tensor) -> Tensor:
     """The row of each value, int64."""
     counts = row_start.long().diff()

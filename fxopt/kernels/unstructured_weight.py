@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fxopt.errors import UsageError
-from fxopt.kernels.unstructured_pattern import Pattern
+from fxopt.kernels.unstructured_pattern import Pattern, is_pattern
 
 _KEPT = ("row_start", "column")  # in the state dict; the view by columns follows from them
 
@@ -48,6 +48,10 @@ class SparseWeight(nn.Module):
         """Where the values stand: True in a boolean tensor of `weight_shape`."""
         raise NotImplementedError
 
+    def to_dense(self) -> nn.Module:
+        """The same layer as torch has it."""
+        raise NotImplementedError
+
     @property
     def weight(self) -> nn.Parameter:
         """The values, as in SparseProp; see `dense_weight`."""
@@ -69,7 +73,8 @@ class SparseWeight(nn.Module):
 
         `values` stays the same parameter, shorter, without its gradient. Returns the places (int64) of what is left in
         the former values, with which an optimizer's state is cut likewise. What holds the former size has to be made
-        anew: `torch.nn.parallel.DistributedDataParallel` around the model (with a fixed pattern it trains as it is).
+        anew: `torch.nn.parallel.DistributedDataParallel` around the model (with a fixed pattern it trains as it is). A
+        loss from before may be held, but its backward raises as after any write in place.
         """
         if kept.dtype != torch.bool or tuple(kept.shape) not in (tuple(self.values.shape), tuple(self.weight_shape)):
             shapes = f"{tuple(self.values.shape)} or {tuple(self.weight_shape)}"
@@ -114,20 +119,24 @@ class SparseWeight(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: dict[str, Any],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: Mapping[str, Any],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given = [state_dict.get(prefix + name) for name in ("values", *_KEPT)]
-        if any(t is not None for t in given):
-            error = self._take_pattern(*given)
-            if error is not None:
-                error_msgs.append(f"{prefix or 'the module'}: {error}")
+        given: dict[str, Any] = {name: state_dict.get(prefix + name) for name in ("values", "bias", *_KEPT)}
+        if any(given[name] is not None for name in ("values", *_KEPT)):
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            refusal = self._refusal(given, assign, strict)
+            if refusal is not None:
+                error_msgs.append(f"{prefix or 'the module'}: {refusal}")
                 return
+            self._make_room(given["values"], given["row_start"], given["column"], assign)
+            for name in _KEPT:  # as int32, also where they are assigned
+                state_dict[prefix + name] = getattr(self, name)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -138,24 +147,41 @@ class SparseWeight(nn.Module):
             error_msgs,
         )
 
-    def _take_pattern(self, values: Tensor | None, row_start: Tensor | None, column: Tensor | None) -> str | None:
-        """Make room for what is to be loaded; why it cannot be, in one line."""
-        if values is None or row_start is None or column is None:
+    def _refusal(self, given: Mapping[str, Any], assign: bool, strict: bool) -> str | None:
+        """Why this state cannot be loaded, in one line; asked before anything is changed, so that it is all or none."""
+        values, bias, *kept = (given[name] for name in ("values", "bias", *_KEPT))
+        if not all(isinstance(t, Tensor) for t in (values, *kept)):
             return "values without their pattern, or the reverse; expected values, row_start and column together"
-        rows = self.weight_shape[0]
-        columns = torch.Size(self.weight_shape[1:]).numel() * getattr(self, "groups", 1)
-        if row_start.shape != (rows + 1,) or values.shape != column.shape or values.dim() != 1:
+        row_start, column = kept
+        if any(t.is_meta for t in (values, *kept)) or (self.values.is_meta and not assign):
+            return "the state or the layer is on the meta device, which holds no numbers; load them, or by assign=True"
+        if strict and (bias is None) != (self.bias is None):
+            return "a layer without a bias was given a state with one" if self.bias is None else "the state has no bias"
+        if bias is not None and self.bias is not None and getattr(bias, "shape", None) != self.bias.shape:
+            return f"a bias of shape {getattr(bias, 'shape', None)} was given; expected {self.weight_shape[:1]}"
+        if not all(t.is_floating_point() for t in (values, bias) if t is not None):
+            return f"values of {values.dtype} or their bias are no floating-point numbers"
+        if any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in kept):
+            return f"row_start of {row_start.dtype} and column of {column.dtype} were given; expected int32"
+        shape = torch.Size(self.weight_shape)
+        sizes = (shape[0], shape[1:].numel(), getattr(self, "groups", 1))
+        if values.shape != column.shape or not is_pattern(row_start, column, *sizes):
             shapes = f"row_start {tuple(row_start.shape)}, column {tuple(column.shape)}, values {tuple(values.shape)}"
             return f"{shapes} are no pattern of a weight {self.weight_shape}"
-        counts = row_start.long().diff()
-        ordered = row_start[0] == 0 and row_start[-1] == values.numel() and bool((counts >= 0).all())
-        if not ordered or (column.numel() and not 0 <= int(column.min()) <= int(column.max()) < columns):
-            return f"row_start and column are no pattern of a weight {self.weight_shape}"
-        device = self.row_start.device
-        self._set_pattern(self.pattern_of(row_start.to(device, torch.int32), column.to(device, torch.int32)))
-        if self.values.shape != values.shape:
-            self._resize(self.values.detach().new_empty(values.shape))
         return None
+
+    def _make_room(self, values: Tensor, row_start: Tensor, column: Tensor, assign: bool) -> None:
+        """Take over the pattern, copied, and let the parameter have the shape of `values`, which are yet to come."""
+        device = values.device if assign else self.values.device
+        own = (t.to(device, torch.int32, copy=True).contiguous() for t in (row_start, column))
+        self._set_pattern(self.pattern_of(*own))
+        if self.values.shape == values.shape:
+            return
+        room = self.values.detach().new_empty(values.shape)
+        if assign:  # another parameter comes; the former keeps its values, for the graphs that hold it
+            self.values = nn.Parameter(room, requires_grad=self.values.requires_grad)
+        else:
+            self._resize(room)
 
     def _resize(self, data: Tensor) -> None:
         """Let the parameter hold `data`, of another size; autograd is made to forget the former one."""
@@ -165,6 +191,8 @@ class SparseWeight(nn.Module):
         other = torch.float32 if data.dtype == torch.float64 else torch.float64
         self.values.data = data.new_empty(0, dtype=other)
         self.values.data = data
+        # `.data` hides the change from autograd, which would hand the new values to a backward of the old pattern.
+        torch.autograd.graph.increment_version(self.values)
 
 
 def mask_of(weight: Tensor, name: str = "the weight") -> Tensor:
@@ -176,6 +204,17 @@ def mask_of(weight: Tensor, name: str = "the weight") -> Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise UsageError(f"{name} has elements that are NaN or infinite; expected finite numbers: mend it first")
     return weight != 0
+
+
+def check_tensors(layer: str, weight: Tensor, bias: Tensor | None, axes: Sequence[str]) -> None:
+    """`UsageError` unless `weight` has these axes and the bias, if there is one, goes with it."""
+    if weight.dim() != len(axes) or (bias is not None and bias.shape != weight.shape[:1]):
+        given = f"a weight of shape {tuple(weight.shape)}"
+        given += "" if bias is None else f", a bias of {tuple(bias.shape)}"
+        raise UsageError(f"{layer} was given {given}; expected ({', '.join(axes)}) and ({axes[0]},)")
+    if bias is not None and (bias.dtype != weight.dtype or bias.device != weight.device):
+        given = f"a bias of {bias.dtype} on {bias.device} beside a weight of {weight.dtype} on {weight.device}"
+        raise UsageError(f"{layer} was given {given}; expected the same of both: cast or move the bias")
 
 
 def check_initialized(layer: nn.Module) -> None:

@@ -37,7 +37,9 @@ class Window(NamedTuple):
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
+        groups: int,
     ) -> Window:
+        check_options(kernel, stride, padding, dilation, groups)
         channels = (column_start.shape[0] - 1) // (stride[0] * stride[1])
         if x.dim() not in (3, 4) or x.shape[-3] != channels:
             expected = f"(batch, {channels}, height, width) or ({channels}, height, width)"
@@ -51,6 +53,10 @@ class Window(NamedTuple):
             )
         out = tuple((padded[i] - spans[i]) // stride[i] + 1 for i in (0, 1))
         outputs = row_start.shape[0] - 1
+        if channels % groups != 0 or outputs % groups != 0:
+            raise UsageError(
+                f"{channels} input and {outputs} output channels were given; expected {groups} groups of them"
+            )
         return cls(channels, outputs, (height, width), (out[0], out[1]), kernel, stride, padding, dilation)
 
     def result(self, x: Tensor) -> tuple[int, ...]:
@@ -58,14 +64,14 @@ class Window(NamedTuple):
         return (*x.shape[:-3], self.outputs, *self.out)
 
     def fits(self) -> bool:
-        """Whether the kernels' int32 offsets reach over a padded image, forward and backward."""
+        """Whether there are channels, and the kernels' int32 offsets reach over a padded image, both ways."""
         sides = [
             max(self.size[i] + sum(self.padding[2 * i : 2 * i + 2]), self.out[i] * self.stride[i])
             + self.dilation[i] * self.kernel[i]
             + 2 * self.stride[i]
             for i in (0, 1)
         ]
-        return math.prod(sides) * max(self.channels, self.outputs) < 2**31
+        return self.channels > 0 and math.prod(sides) * max(self.channels, self.outputs) < 2**31
 
     def shape(self, batch: int) -> Any:
         """`Shape` of unstructured_conv.cpp."""
@@ -114,6 +120,17 @@ class Window(NamedTuple):
         if wanted[1]:
             dw = by_weight.reshape(self.outputs, -1)[self.places(row_start, column, groups)]
         return dx, dw, g.sum((0, 2, 3)) if wanted[2] else db
+
+
+def check_options(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> None:
+    """`UsageError` for options that no convolution has: what is negative would have the kernels write out of bounds."""
+    pairs = len(kernel) == len(stride) == len(dilation) == 2 and len(padding) in (2, 4)
+    if not pairs or min(padding) < 0 or min(*kernel, *stride, *dilation, groups) < 1:
+        given = f"kernel {tuple(kernel)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation {tuple(dilation)}"
+        expected = "expected two of each, a padding of 0 or more, and 1 or more for all others"
+        raise UsageError(f"a convolution with {given}, groups {groups} was asked for; {expected}")
 
 
 def gradients_like(x: Tensor, values: Tensor, outputs: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:

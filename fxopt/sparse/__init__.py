@@ -9,6 +9,7 @@ from fxopt.sparse.block_plan import Spec
 from fxopt.sparse.block_regrow import BlockRegrow
 from fxopt.sparse.block_report import LayerReport, SparsifyReport
 from fxopt.sparse.block_select import kept_blocks
+from fxopt.sparse.dense import to_dense
 from fxopt.sparse.measure import Layer, SwapReport
 from fxopt.sparse.pruning import CubicSchedule, Pruner, magnitude_masks, n_m_mask
 from fxopt.sparse.semi_structured import SemiStructuredLinear, kept_pairs
@@ -37,4 +38,5 @@ __all__ = [
     "sparsify_if_faster",
     "swap",
     "swap_modules_with_sparse",
+    "to_dense",
 ]

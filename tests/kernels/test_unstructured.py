@@ -125,6 +125,13 @@ class TestLinear:
         agree(dense, torch.randn(37, 12).t(), "random")
         agree(dense, torch.randn(400)[1:371].view(10, 37), "random")
 
+    @pytest.mark.parametrize(("inputs", "outputs", "batch"), [(0, 5, 4), (5, 0, 4), (0, 0, 4), (5, 3, 0), (0, 5, 0)])
+    @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
+    def test_nothing_in_or_out(self, isa, inputs, outputs, batch):
+        agree(nn.Linear(inputs, outputs), torch.randn(batch, 2, inputs), "random")
+        with torch.no_grad():
+            assert SparseLinear.from_dense(nn.Linear(inputs, outputs))(torch.randn(inputs)).shape == (outputs,)
+
     def test_a_row_is_the_same_in_any_batch(self, isa):
         dense = nn.Linear(100, 70)
         thinned(dense.weight, 0.8, 0)
@@ -182,6 +189,62 @@ class TestConv2d:
         dense = nn.Conv2d(3, 5, 3, padding=1)
         thinned(dense.weight, 0.5, 0)
         agree(dense, torch.randn(shape), "random")
+
+    def test_an_image_without_pixels_is_padding_alone(self, isa):
+        dense = nn.Conv2d(3, 5, 3, padding=2)
+        sparse, x = SparseConv2d.from_dense(dense), torch.randn(2, 3, 0, 4, requires_grad=True)
+        y = sparse(x)
+        y.sum().backward()
+        assert torch.equal(y, dense.bias.view(-1, 1, 1).expand(2, 5, 2, 6)) and x.grad.shape == x.shape
+        assert not sparse.values.grad.any() and sparse.bias.grad.tolist() == [24.0] * 5
+
+    @given(
+        kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+        dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+        groups=st.sampled_from([1, 2]),
+        size=st.tuples(st.integers(7, 20), st.integers(7, 20)),
+        number=st.sampled_from([float("inf"), float("nan")]),
+        of_input=st.booleans(),
+        seed=st.integers(0, 2**20),
+        threads=st.integers(1, 3),
+        isa=st.sampled_from(native.ISAS),
+    )
+    def test_what_is_not_finite_spreads_no_further_than_it_is_read(
+        self, kernel, stride, padding, dilation, groups, size, number, of_input, seed, threads, isa
+    ):
+        torch.manual_seed(seed)
+        dense = nn.Conv2d(2 * groups, 3 * groups, kernel, stride, padding, dilation, groups, bias=False)
+        thinned(dense.weight, 0.5, seed)
+        sparse, x = SparseConv2d.from_dense(dense), torch.randn(2, 2 * groups, *size)
+        g = torch.randn_like(sparse(x))
+        hit = x if of_input else g
+        hit.view(-1)[seed % hit.numel()] = number
+        # Which pairs of pixels meet in a sum, counted: an integer for each element of the result and of the gradients.
+        mask, options = sparse.mask().double(), (stride, padding, dilation, groups)
+        bad_x, bad_g = (~x.isfinite()).double(), (~g.isfinite()).double()
+        whole = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
+        back = torch.ops.aten.convolution_backward
+        by_x = back(torch.ones_like(bad_g), bad_x, mask, None, *whole, [False, True, False])[1]
+        by_g = back(bad_g, torch.ones_like(bad_x), mask, None, *whole, [False, True, False])[1]
+        with pytest.MonkeyPatch.context() as patch, threading(threads):
+            use("portable", patch)  # which every CPU has
+            if native.ISAS.index(isa) <= native.library().fxopt_best_isa():
+                use(isa, patch)
+            x.requires_grad_()
+            y = sparse(x)
+            y.backward(g)
+        assert torch.equal(y.isfinite(), torch.conv2d(bad_x, mask, None, *options) < 0.5)
+        assert torch.equal(sparse.values.grad.isfinite(), (by_x + by_g)[sparse.mask()] < 0.5)
+        dx = back(bad_g, bad_x, mask, None, *whole, [True, False, False])[0]
+        assert torch.equal(x.grad.isfinite(), dx < 0.5)
+        if not of_input:  # the others are what they would be
+            finite = sparse.values.grad.isfinite()
+            expected = back(g.nan_to_num(0, 0, 0), x.detach(), dense.weight, None, *whole, [False, True, False])[1]
+            torch.testing.assert_close(
+                sparse.values.grad[finite], expected[sparse.mask()][finite], rtol=1e-4, atol=1e-4
+            )
 
     def test_wide_images_and_many_channels(self, isa):
         dense = nn.Conv2d(70, 40, 3, stride=2, padding=1)
@@ -370,6 +433,118 @@ def test_wrong_input_is_one_line(run, told):
     with pytest.raises(UsageError, match=told) as error:
         run(net)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("name", ["row_start", "column", "column_start", "row", "place"])
+@pytest.mark.parametrize("which", range(2))
+def test_a_pattern_that_is_not_int32_is_refused(isa, which, name, differentiated):
+    """The C functions would take it for other numbers."""
+    for change, told in (
+        (lambda t: t.long(), "a pattern of torch.int64"),
+        (lambda t: t.float(), "a pattern of torch.float32"),
+        (lambda t: torch.stack([t, t], 1)[:, 0], "with gaps; expected contiguous int32"),
+        (lambda t: t.to("meta"), "a pattern of torch.int32 on meta; expected contiguous int32 on cpu"),
+    ):
+        layer, x = small_layers()[which]
+        layer.register_buffer(name, change(getattr(layer, name)))
+        with torch.set_grad_enabled(differentiated), pytest.raises(UsageError, match=told) as error:
+            layer(x)
+        assert "\n" not in str(error.value)
+
+
+def test_type_casts_the_pattern_which_is_then_refused():
+    layer, x = small_layers()[0]
+    with pytest.raises(UsageError, match=r"a pattern of torch\.float32"):
+        layer.type(torch.float32)(x)
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_tensors_that_do_not_go_together_are_refused(isa, which):
+    """Forward and backward, before C reads beyond their ends."""
+    layer, x = small_layers()[which]
+    forward = (linear_op, conv_op)[which]
+    backward = (torch.ops.fxopt.sparse_linear_backward, torch.ops.fxopt.sparse_conv2d_backward)[which].default
+    given = arguments(layer, x)
+    gradient, everything = torch.randn_like(layer(x)), [True, True, True]
+    values, bias = given[1].detach(), given[2].detach()
+    for changed, told in (
+        (values[:-1], "as in the pattern"),
+        (torch.cat([values, values]), "as in the pattern"),
+        (values.double(), "expected float32 for all"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            forward(x, changed, *given[2:])
+        with pytest.raises(UsageError, match=told):
+            backward(gradient, x, changed, *given[3:], everything)
+    for changed, told in (
+        (bias[:-1], "a bias of shape"),
+        (bias.double(), "a bias of torch.float64"),
+        (bias[None], "bias"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            forward(x, values, changed, *given[3:])
+    with pytest.raises(UsageError, match="on cpu and meta; expected one device"):
+        forward(x, values, bias.to("meta"), *given[3:])
+    for wrong in (gradient[:1], gradient[..., :-1]):
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            backward(wrong, x, values, *given[3:], everything)
+
+
+@pytest.mark.parametrize("which", range(2))
+@pytest.mark.parametrize("change", ["keep", "load", "load the same size"])
+def test_a_backward_through_a_pattern_that_is_gone_is_refused(isa, which, change):
+    layer, x = small_layers()[which]
+    for trained in (layer.values, layer.bias, x):
+        one = copy.deepcopy(layer)
+        if trained is not x:
+            one.values.requires_grad_(trained is layer.values)
+            one.bias.requires_grad_(trained is layer.bias)
+        held = one(x.clone().requires_grad_(trained is x)).sum()
+        if change == "keep":
+            one.keep(torch.arange(one.values.numel()) % 2 == 0)
+        else:
+            other = copy.deepcopy(one)
+            if change == "load":
+                other.keep(torch.arange(one.values.numel()) % 3 == 0)
+            one.load_state_dict(other.state_dict())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            held.backward()
+        one(x).sum().backward()  # what is computed now is right
+        assert all(p.grad is None or p.grad.shape == p.shape for p in one.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("padding", (-1, 0, 0, 0)),
+        ("padding", (0, 0, 0, -2)),
+        ("stride", (0, 1)),
+        ("dilation", (1, 0)),
+        ("kernel_size", (0, 3)),
+        ("kernel_size", (3,)),
+        ("groups", 0),
+        ("groups", 3),
+    ],
+)
+def test_options_that_no_convolution_has_are_refused(isa, name, value):
+    layer = SparseConv2d(torch.randn(4, 4, 3, 3))
+    options = {
+        "kernel_size": (3, 3),
+        "stride": (1, 1),
+        "padding": (0,) * 4,
+        "dilation": (1, 1),
+        "groups": 1,
+        name: value,
+    }
+    for x in (torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8, device="meta")):
+        tensors = [t.to(x.device) for t in (layer.values.detach(), *layer.pattern)]
+        with pytest.raises(UsageError, match=r"was asked for; expected two of each|expected 3 groups of them") as error:
+            conv_op(x, tensors[0], None, *tensors[1:], *options.values())
+        assert "\n" not in str(error.value)
+    g, tensors = torch.randn(2, 4, 7, 6), (layer.values.detach(), *layer.pattern)
+    with pytest.raises(UsageError, match=r"was asked for; expected two of each|expected 3 groups of them"):
+        torch.ops.fxopt.sparse_conv2d_backward(g, torch.randn(2, 4, 9, 8), *tensors, *options.values(), [True] * 3)
 
 
 def test_no_library_computes_the_same():

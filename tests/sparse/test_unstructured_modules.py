@@ -44,6 +44,17 @@ def sparse_conv(sparsity: float = 0.7, seed: int = 0, **options: object) -> nn.C
     return layer
 
 
+def with_padding(padding: tuple[int, int]) -> nn.Conv2d:
+    layer = sparse_conv()
+    layer.padding = padding
+    return layer
+
+
+def mixed(layer: nn.Module) -> nn.Module:
+    layer.bias = nn.Parameter(layer.bias.detach().double())
+    return layer
+
+
 class TestModules:
     @pytest.mark.parametrize("make", [sparse_linear, sparse_conv])
     def test_state_dict_holds_the_pattern_and_brings_another(self, make):
@@ -68,6 +79,86 @@ class TestModules:
         bad = {**one.state_dict(), "column": one.column + 100}
         with pytest.raises(RuntimeError, match="no pattern of a weight"):
             one.load_state_dict(bad)
+
+    @pytest.mark.parametrize("make", [sparse_linear, lambda **k: sparse_conv(groups=2, **k)])
+    @pytest.mark.parametrize("assign", [False, True])
+    @pytest.mark.parametrize("change", [lambda t: t.long(), lambda t: torch.stack([t, t], 1)[:, 0]])
+    def test_a_pattern_is_loaded_as_contiguous_int32(self, make, assign, change):
+        kind = SparseLinear if make is sparse_linear else SparseConv2d
+        one, other = kind.from_dense(make(seed=0)), kind.from_dense(make(sparsity=0.9, seed=1))
+        state = {k: change(v) if k in ("row_start", "column") else v for k, v in other.state_dict().items()}
+        one.load_state_dict(state, assign=assign)
+        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in one.pattern)
+        assert one.column.data_ptr() != other.column.data_ptr()
+        x = torch.randn(3, 12) if kind is SparseLinear else torch.randn(2, 6, 5, 5)
+        assert torch.equal(one(x), other(x))
+
+    def test_a_held_loss_keeps_its_values_where_others_are_assigned(self):
+        one, other = (SparseLinear.from_dense(sparse_linear(sparsity=s)) for s in (0.5, 0.8))
+        x = torch.randn(3, 12)
+        held, before = one(x).sum(), one.values
+        one.load_state_dict(other.state_dict(), assign=True)
+        held.backward()
+        assert one.values is not before and before.grad.shape == before.shape and one.values.grad is None
+        assert torch.equal(one(x), other(x))
+
+    def test_a_layer_on_the_meta_device_is_loaded_by_assigning(self):
+        one, other = (SparseLinear.from_dense(sparse_linear(sparsity=s)) for s in (0.5, 0.8))
+        one.to("meta")
+        with pytest.raises(RuntimeError, match="meta device, which holds no numbers"):
+            one.load_state_dict(other.state_dict())
+        one.load_state_dict(other.state_dict(), assign=True)
+        x = torch.randn(3, 12)
+        assert torch.equal(one(x), other(x))
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (lambda s: {"column": s["column"] + 60}, "no pattern of a weight"),  # of other groups, or none
+            (lambda s: {"column": s["column"].flip(0)}, "no pattern of a weight"),
+            (lambda s: {"column": s["column"].index_copy(0, torch.tensor([1]), s["column"][:1])}, "no pattern"),
+            (lambda s: {"row_start": s["row_start"].index_fill(0, torch.tensor([2]), 0)}, "no pattern of a weight"),
+            (lambda s: {"row_start": s["row_start"] + 1}, "no pattern of a weight"),
+            (lambda s: {"row_start": s["row_start"][1:]}, "no pattern of a weight"),
+            (lambda s: {"row_start": s["row_start"][:0]}, "no pattern of a weight"),
+            (lambda s: {"column": s["column"] - 2**32}, "no pattern of a weight"),
+            (lambda s: {"column": s["column"].float()}, "column of torch.float32 were given; expected int32"),
+            (lambda s: {"column": s["column"].to("meta")}, "meta device"),
+            (lambda s: {"values": s["values"].long()}, "no floating-point numbers"),
+            (lambda s: {"values": s["values"][:-1]}, "no pattern of a weight"),
+            (lambda s: {"values": "none"}, "values without their pattern"),
+            (lambda s: {"bias": s["bias"][1:]}, "a bias of shape"),
+            (lambda s: {"bias": 1.0}, "a bias of shape None"),
+            (lambda s: {"bias": None}, "the state has no bias"),
+        ],
+    )
+    @pytest.mark.parametrize("make", [sparse_linear, lambda **k: sparse_conv(groups=2, **k)])
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_a_state_that_is_refused_changes_nothing(self, make, change, told, assign):
+        kind = SparseLinear if make is sparse_linear else SparseConv2d
+        one, other = kind.from_dense(make(seed=0, sparsity=0.5)), kind.from_dense(make(seed=1, sparsity=0.2))
+        held = dict(one.state_dict(keep_vars=True))
+        before = {k: v.clone() for k, v in one.state_dict().items()}
+        state = {k: v.long() if k in ("row_start", "column") else v for k, v in other.state_dict().items()}
+        with pytest.raises(RuntimeError, match=told):
+            one.load_state_dict({**state, **change(state)}, assign=assign)
+        assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
+        assert all(v is held[k] for k, v in one.state_dict(keep_vars=True).items())
+        one.load_state_dict(state, assign=assign)  # as it is, it is taken
+
+    def test_a_pattern_without_groups_does_not_go_into_one_with(self):
+        one = SparseConv2d.from_dense(nn.Conv2d(4, 4, 3, groups=2))
+        whole = SparseConv2d.from_dense(nn.Conv2d(4, 4, 3))
+        with pytest.raises(RuntimeError, match="no pattern of a weight"):
+            one.load_state_dict(whole.state_dict())
+        assert one.to_dense().weight.shape == (4, 2, 3, 3)
+
+    @pytest.mark.parametrize("make", [sparse_linear, sparse_conv])
+    def test_no_random_numbers_are_drawn(self, make):
+        dense = make()
+        before = torch.get_rng_state()
+        (SparseLinear if make is sparse_linear else SparseConv2d).from_dense(dense).to_dense()
+        assert torch.equal(torch.get_rng_state(), before)
 
     def test_copies_and_pickles(self):
         one = SparseConv2d.from_dense(sparse_conv(groups=2, stride=2))
@@ -135,6 +226,18 @@ class TestModules:
             (lambda: SparseLinear(torch.tensor([[float("nan")]])), "NaN or infinite"),
             (lambda: SparseLinear(torch.ones(3)), r"shape \(3,\).*expected \(out, in\)"),
             (lambda: SparseConv2d(torch.ones(3, 3)), "expected .out, in / groups, height, width."),
+            (lambda: SparseConv2d(torch.ones(4, 4, 3, 3), padding=-1), r"padding \(-1, -1\).*expected .* 0 or more"),
+            (lambda: SparseConv2d.from_dense(with_padding((-1, 0))), r"padding \(-1, 0\)"),
+            (lambda: SparseConv2d(torch.ones(4, 4, 3, 3), padding=-1, padding_mode="circular"), "padding"),
+            (lambda: SparseConv2d(torch.ones(4, 4, 3, 3), stride=0), r"stride \(0, 0\)"),
+            (lambda: SparseConv2d(torch.ones(4, 4, 3, 3), stride=(1,)), "expected two of each"),
+            (lambda: SparseConv2d(torch.ones(4, 4, 3, 3), dilation=(1, 0)), r"dilation \(1, 0\)"),
+            (lambda: SparseConv2d(torch.ones(4, 4, 3, 3), groups=0), "groups must be a positive integer"),
+            (lambda: SparseConv2d(torch.ones(4, 4, 3, 3), groups=3), "out_channels must be divisible by groups"),
+            (lambda: SparseConv2d(torch.ones(4, 4, 3, 3), padding="all"), "options that torch.nn.Conv2d refuses"),
+            (lambda: SparseLinear.from_dense(mixed(sparse_linear())), "a bias of torch.float64 on cpu beside a weight"),
+            (lambda: SparseConv2d.from_dense(mixed(sparse_conv())), "a bias of torch.float64 on cpu beside a weight"),
+            (lambda: SparseLinear(torch.ones(3, 3), torch.ones(3, device="meta")), "a bias of torch.float32 on meta"),
         ],
     )
     def test_wrong_weights_are_one_line(self, make, told):
