@@ -110,7 +110,7 @@ class Layer:
     """What was found out about one layer, and what was decided."""
 
     name: str
-    kind: str  # "Linear" or "Conv2d"
+    kind: str  # the class of the layer
     shape: tuple[int, ...]  # of the weight
     sparsity: float | None  # None where the weight could not be looked at
     timing: Timing | None  # None where it was not measured

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
+from torch.nn.utils import prune
 
 from fxopt.errors import UsageError
 from fxopt.sparse import (
@@ -282,7 +283,7 @@ class TestSwap:
 
     def test_pruned_by_torch_is_copied_and_left(self):
         model = nn.Sequential(sparse_linear(4, 4, 0.9))
-        model.append(torch.nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.9))
+        model.append(prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.9))
         swapped, report = swap(model, (2, 4), measure=False)
         assert [layer.swapped for layer in report.layers] == [True, False] and "prune" in report.layers[1].reason
         x = torch.randn(2, 4)
