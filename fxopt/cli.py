@@ -497,6 +497,12 @@ def _check_writable(save: Path | None, json_: Path | None, option: str = "--save
     """Say so before the work is done, not after."""
     if save is not None and save.exists() and not save.is_dir():
         raise UsageError(f"{option} {save} is a file, expected a folder; give another path")
+    if save is not None:
+        try:  # permissions do not tell: root may write anywhere, and yet not into /proc
+            place = next(p for p in (save.resolve(), *save.resolve().parents) if p.exists())
+            os.rmdir(tempfile.mkdtemp(prefix=".saving-", dir=place))
+        except OSError as error:
+            raise UsageError(f"{option} {save} cannot be written: {error.strerror}; give another path") from error
     if json_ is not None and (json_.is_dir() or not json_.resolve().parent.is_dir()):
         raise UsageError(
             f"--json {json_} cannot be written: it is a folder or its folder does not exist; give a file name"

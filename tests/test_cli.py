@@ -325,6 +325,25 @@ def test_sparsify_unstructured_is_saved_and_undone(fxopt_, tmp_path):
         assert code == 0 and f"undone: {name}(" in out, err
 
 
+def test_sparsify_by_less_than_half_forces_every_layer(fxopt_, tmp_path):
+    table, some = tmp_path / "table.json", ("--unstructured", "0.3", "--guard", "off", "--no-benchmark")
+    code, _, err = fxopt_("sparsify", "resnet18-tiny", *some, "--json", table)
+    assert code == 0, err
+    assert all(layer["swapped"] for layer in json.loads(table.read_text())[0]["layers"])
+
+
+@pytest.mark.parametrize("command", [("optimize",), ("sparsify", "--unstructured", "0.9")])
+def test_a_folder_that_cannot_be_made_is_said_before_the_work(fxopt_, command, tmp_path, monkeypatch):
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("fxopt.frontend.load", load)
+    (tmp_path / "file").touch()
+    code, _, err = fxopt_(*command, "mlp-tiny", "--save", tmp_path / "file" / "result")
+    assert code == 2 and "cannot be written: Not a directory; give another path" in err and err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_sparsify_keeps_two_of_four_where_asked_to(fxopt_, tmp_path):
     table, some = tmp_path / "table.json", ("sparsify", "bert-base-tiny", "--block", "2:4", "--no-benchmark")
     forced = ("--pattern", r".*[0-9]\.output\.dense", "--guard", "off", "--json", table)

@@ -13,7 +13,7 @@ from fxopt import ops as mechanism
 from fxopt import vocabulary as ops
 from fxopt.pattern import AnyOf, Constant, OptionalTensor, Var
 from fxopt.pattern import Tensor as AnyTensor
-from fxopt.transformation import Site
+from fxopt.transformation import Site, Transformation, erase, sweep
 from fxopt.transformations._constants import path_of, unfit
 
 _X, _W, _B = AnyTensor("x"), Constant("weight"), OptionalTensor("bias")
@@ -99,6 +99,22 @@ class Found:
             return None
         shape = tuple(_hint(n) for n in value.shape)
         return None if any(n is None for n in shape) else tuple(n for n in shape if n is not None)
+
+
+def become(at: Site, new: Node, transformation: Transformation) -> None:
+    """
+    Let the layer's node itself be what `new` says, which was emitted for it.
+
+    Whoever reads the layer stays as it was, so what is changed before and behind it remains a rewrite of its own.
+    """
+    node = at.root
+    read = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    modules = {str(node.target)} if node.op == "call_module" else set()
+    node.op, node.target, node.args, node.kwargs = new.op, new.target, new.args, new.kwargs
+    at.gm.graph.erase_node(new)
+    erase(at.gm, read)
+    sweep(at.gm, modules)
+    transformation.mark_as_transformed(node)  # a module that took another's place at its path leaves the node as it was
 
 
 def _hint(size: Any) -> int | None:

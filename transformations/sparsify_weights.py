@@ -19,10 +19,18 @@ from fxopt.errors import UsageError
 from fxopt.ops import Attr
 from fxopt.pattern import Miss, match, roots
 from fxopt.sparse.measure import Pruned, PruneReport
-from fxopt.sparse.pruning import Scope, check_share, magnitude_masks, n_m_mask, parse_n_m
+from fxopt.sparse.pruning import (
+    Scope,
+    check_magnitude,
+    check_regex,
+    check_share,
+    magnitude_masks,
+    n_m_mask,
+    parse_n_m,
+)
 from fxopt.transformation import New, ReversibleTransformation, Site, sweeping_once
 from fxopt.transformations._constants import path_of
-from fxopt.transformations._sparse_layers import LAYERS, Found
+from fxopt.transformations._sparse_layers import LAYERS, Found, become
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,11 @@ class SparsifyWeights(ReversibleTransformation):
             raise UsageError(f"{given}, pattern={self.pattern!r} were given; expected {wanted}")
         if self.sparsity is not None:
             check_share("sparsity", self.sparsity)
-        if self.threshold is not None and not self.threshold >= 0:
-            raise UsageError(f"threshold={self.threshold} was given; expected a magnitude, 0 or more")
+        if self.threshold is not None:
+            check_magnitude(self.threshold)
         if self.scope not in get_args(Scope):
             raise UsageError(f"scope={self.scope!r} was given; expected 'uniform' or 'global'")
-        try:
-            re.compile(self.layers)
-        except re.error as error:
-            raise UsageError(f"layers={self.layers!r} is no regular expression: {error}") from None
+        check_regex("layers", self.layers)
 
     def transform(self, graph_module: GraphModule) -> None:
         sites = [found for found in self._layers(graph_module) if isinstance(found, Found)]
@@ -76,7 +81,7 @@ class SparsifyWeights(ReversibleTransformation):
                 after = 1 - int((weight * mask).count_nonzero()) / max(1, weight.numel())
                 report.append(Pruned(found.name, tuple(weight.shape), before, after))
                 if bool((weight * mask != weight).any()):
-                    _replace(_matched(graph_module, found.at.root), mask)  # its input may have been replaced since
+                    self._replace(found, mask)
         _REPORTS.setdefault(graph_module, {})[self.signature] = PruneReport(tuple(report))
 
     def report(self, gm: GraphModule) -> PruneReport:
@@ -135,27 +140,25 @@ class SparsifyWeights(ReversibleTransformation):
             return [w != 0 for w in weights.values()]
         return list(magnitude_masks(weights, self.sparsity, self.threshold, self.scope).values())
 
+    def _replace(self, found: Found, mask: Tensor) -> None:
+        at, held = found.at, found.at.tensor(found.weight)
+        assert held is not None
+        pruned = held.detach() * (mask.t() if found.transposed else mask)
+        parameter = nn.Parameter(pruned, requires_grad=held.requires_grad) if isinstance(held, nn.Parameter) else pruned
+        weight = New(parameter, path_of(found.weight))
+        new: Node
+        if found.op is ops.addmm:
+            new = at.emit(ops.addmm, found.bias, found.x, weight)
+        elif found.op is ops.mm:
+            new = at.emit(ops.mm, found.x, weight)
+        else:
+            new = at.emit(found.op, found.x, weight, found.bias, **found.window)
+        become(at, new, self)
+
 
 def _matched(gm: GraphModule, node: Node) -> Found | Miss:
     matched = match(gm, LAYERS, node)
     return matched if isinstance(matched, Miss) else Found.of(Site(gm, matched), **matched.bindings)
-
-
-def _replace(found: Found | Miss, mask: Tensor) -> None:
-    assert isinstance(found, Found)
-    at, held = found.at, found.at.tensor(found.weight)
-    assert held is not None
-    pruned = held.detach() * (mask.t() if found.transposed else mask)
-    parameter = nn.Parameter(pruned, requires_grad=held.requires_grad) if isinstance(held, nn.Parameter) else pruned
-    weight = New(parameter, path_of(found.weight))
-    new: Node
-    if found.op is ops.addmm:
-        new = at.emit(ops.addmm, found.bias, found.x, weight)
-    elif found.op is ops.mm:
-        new = at.emit(ops.mm, found.x, weight)
-    else:
-        new = at.emit(found.op, found.x, weight, found.bias, **found.window)
-    at.replace(new)
 
 
 _REPORTS: WeakKeyDictionary[GraphModule, dict[str, PruneReport]] = WeakKeyDictionary()

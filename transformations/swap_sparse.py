@@ -20,13 +20,14 @@ from fxopt.errors import UsageError
 from fxopt.kernels.unstructured_conv import SparseConv2d, pads
 from fxopt.kernels.unstructured_pattern import rows_of
 from fxopt.ops import Attr
+from fxopt.pattern import candidates
 from fxopt.shapes import propagate
 from fxopt.snapshot import graph_of, node_key, path_in
 from fxopt.sparse.measure import Layer, SwapReport, judge, sparse_copy
-from fxopt.sparse.pruning import check_share
-from fxopt.transformation import New, Rewrite, Site
+from fxopt.sparse.pruning import check_regex, check_share
+from fxopt.transformation import New, Rewrite, Site, sweeping_once
 from fxopt.transformations._constants import path_of
-from fxopt.transformations._sparse_layers import LAYERS, Found, stem
+from fxopt.transformations._sparse_layers import LAYERS, Found, become, stem
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +56,7 @@ class SwapSparse(Rewrite):
     pattern = LAYERS
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.layers)
-        except re.error as error:
-            raise UsageError(f"layers={self.layers!r} is no regular expression: {error}") from None
+        check_regex("layers", self.layers)
         check_share("min_sparsity", self.min_sparsity)
         object.__setattr__(self, "replayable", not self.measure)
 
@@ -66,7 +64,11 @@ class SwapSparse(Rewrite):
         if self.inputs is not None:
             propagate(graph_module, self.inputs)
         _FOUND.setdefault(graph_module, {})[self.signature] = {}
-        super().transform(graph_module)
+        with sweeping_once(graph_module):
+            for node in list(candidates(graph_module, self.pattern)):
+                found = self._at(graph_module, node)
+                if isinstance(found, Site):
+                    become(found, self.rewrite(found, **found.match.bindings), self)
 
     def report(self, gm: GraphModule) -> SwapReport:
         """What the latest call on `gm` found out about each layer; `UsageError` if there was none."""
@@ -107,7 +109,8 @@ class SwapSparse(Rewrite):
         known = _JUDGED.setdefault(held, {})
         if key not in known:
             options = (self.min_sparsity, self.backward, gradient, self.measure)
-            known[key] = judge(found.name, found.dense(), shape, *options)[0]
+            unknown = "its sizes are unknown; give inputs=… or call fxopt.propagate(gm, inputs) first"
+            known[key] = judge(found.name, found.dense(), shape, *options, unknown=unknown)[0]
         decided: Layer = known[key]
         return decided
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fxopt.kernels.unstructured_conv import SparseConv2d
 from fxopt.kernels.unstructured_linear import SparseLinear
+from fxopt.sparse.pruning import dropped
 
 _WARMUP, _ROUNDS = 2, 7
 _PATIENCE = 1.0
@@ -29,9 +31,18 @@ class Timing:
     total: float
 
 
+@contextmanager
+def random_aside() -> Iterator[None]:
+    """Leave torch's generators as they are, whatever is drawn inside: measuring must not change a later dropout."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        yield
+
+
 def sparse_copy(layer: nn.Linear | nn.Conv2d) -> SparseLinear | SparseConv2d:
     """`layer` with a sparse weight."""
-    return SparseLinear.from_dense(layer) if isinstance(layer, nn.Linear) else SparseConv2d.from_dense(layer)
+    with random_aside():
+        return SparseLinear.from_dense(layer) if isinstance(layer, nn.Linear) else SparseConv2d.from_dense(layer)
 
 
 def compare(
@@ -42,10 +53,10 @@ def compare(
 
     `backward`: the gradients of all parameters that are trained count too, and with `input_gradient` that of the input.
     """
-    x = torch.randn(tuple(shape), dtype=next(dense.parameters()).dtype)
     dense, sparse = (_alone(layer) for layer in (dense, sparse))
     # without the engine's watch over what a transformation calls, which would be timed too
-    with torch._C.DisableTorchFunction():
+    with random_aside(), torch._C.DisableTorchFunction():
+        x = torch.randn(tuple(shape), dtype=next(dense.parameters()).dtype)
         runs = [_prepared(layer, x, backward, input_gradient) for layer in (dense, sparse)]
         seconds = _rounds(runs)
     ratios = [(d[0] / s[0], d[1] / s[1] if s[1] else 0.0, sum(d) / sum(s)) for d, s in seconds]
@@ -99,7 +110,7 @@ class Layer:
     """What was found out about one layer, and what was decided."""
 
     name: str
-    kind: str  # "Linear" or "Conv2d"
+    kind: str  # the class of the layer
     shape: tuple[int, ...]  # of the weight
     sparsity: float | None  # None where the weight could not be looked at
     timing: Timing | None  # None where it was not measured
@@ -182,17 +193,18 @@ def judge(
     backward: bool = True,
     input_gradient: bool = True,
     measured: bool = True,
+    unknown: str = "it did not run with these inputs, so it was not measured",
 ) -> tuple[Layer, SparseLinear | SparseConv2d | None]:
     """
     Whether `layer` is to be sparse: `min_sparsity` of it zeros, and faster so on inputs of `shape`; with the sparse
     one.
 
-    `shape` None: it never ran, so nothing can be measured, and it stays dense.
+    `shape` None: nothing can be measured, and it stays dense for the reason `unknown`.
     """
-    kind, size = "Linear" if isinstance(layer, nn.Linear) else "Conv2d", tuple(layer.weight.shape)
+    kind, weight_shape = "Linear" if isinstance(layer, nn.Linear) else "Conv2d", tuple(layer.weight.shape)
 
     def stays(reason: str, sparsity: float | None = None, timing: Timing | None = None) -> tuple[Layer, None]:
-        return Layer(name, kind, size, sparsity, timing, False, reason), None
+        return Layer(name, kind, weight_shape, sparsity, timing, False, reason), None
 
     if layer.weight.dtype not in (torch.float32, torch.float64):
         return stays(f"the weight is {layer.weight.dtype}; float32 and float64 are supported")
@@ -200,20 +212,22 @@ def judge(
         return stays("the weight is on the meta device")
     if not bool(torch.isfinite(layer.weight).all()):
         return stays("the weight has elements that are NaN or infinite")
-    sparsity = 1 - int(layer.weight.count_nonzero()) / max(1, layer.weight.numel())
-    if sparsity < min_sparsity:
-        return stays(f"less than {min_sparsity:.0%} zeros", sparsity)
+    size = layer.weight.numel()
+    zeros = size - int(layer.weight.count_nonzero())
+    sparsity = zeros / max(1, size)
+    if zeros < dropped(size, min_sparsity):
+        return stays(f"less than {100 * min_sparsity:.4g}% zeros", sparsity)
     if measured and shape is None:
-        return stays("it did not run with these inputs, so it was not measured", sparsity)
+        return stays(unknown, sparsity)
     sparse = sparse_copy(layer)
     if not measured:
-        return Layer(name, kind, size, sparsity, None, True, "not measured, as asked"), sparse
+        return Layer(name, kind, weight_shape, sparsity, None, True, "not measured, as asked"), sparse
     assert shape is not None
     timing = compare(layer, sparse, shape, backward, input_gradient)
     what = "a step" if backward else "forward"
     if timing.total <= 1:
         return stays(f"{what} is slower, {timing.total:.2f} ×", sparsity, timing)
-    return Layer(name, kind, size, sparsity, timing, True, f"{what} is {timing.total:.2f} × as fast"), sparse
+    return Layer(name, kind, weight_shape, sparsity, timing, True, f"{what} is {timing.total:.2f} × as fast"), sparse
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import UsageError
-from fxopt.kernels.unstructured_conv import SparseConv2d
+from fxopt.kernels.unstructured_conv import SparseConv2d, pads
 from fxopt.kernels.unstructured_linear import SparseLinear
-from fxopt.sparse.measure import Layer, SwapReport, compare, judge
+from fxopt.kernels.unstructured_weight import check_initialized
+from fxopt.sparse.dense_layers import COMPUTED, Memory, holders, hooks, is_conv1d
+from fxopt.sparse.measure import Layer, SwapReport, compare, judge, random_aside
+from fxopt.sparse.pruning import check_share
 
 
 def sparsify_conv2d_auto(conv: nn.Conv2d, input_shape: Sequence[int], verbose: bool = False) -> SparseConv2d:
@@ -38,7 +41,7 @@ def sparsify_if_faster(
     if type(layer) not in (nn.Linear, nn.Conv2d):
         raise UsageError(f"a {type(layer).__name__} was given; expected a torch.nn.Linear or torch.nn.Conv2d")
     assert isinstance(layer, nn.Linear | nn.Conv2d)
-    _check_sparsity(min_sparsity)
+    check_share("min_sparsity", min_sparsity)
     _check_shape(input_shape, layer)
     told, sparse = judge("layer", layer, input_shape, min_sparsity)
     if verbose:
@@ -85,29 +88,34 @@ def swap(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"a {type(model).__name__} was given; expected a torch.nn.Module")
-    _check_sparsity(min_sparsity)
+    check_share("min_sparsity", min_sparsity)
     names = dict(model.named_modules(remove_duplicate=False))
     if unknown := sorted(set(skip_modules) - names.keys()):
         raise UsageError(f"skip_modules has {unknown[0]!r}, which the model has not; see model.named_modules()")
-    seen = _seen(model, inputs) if measure else {}
-    shared = _shared(model)
+    for module in names.values():
+        check_initialized(module)
+    skipped = {id(names[name]) for name in skip_modules}  # under whatever other name it is found
+    with random_aside():
+        seen = _seen(model, inputs) if measure else {}
+    held = holders(model)
     layers: list[Layer] = []
     made: dict[int, nn.Module] = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
+        if not isinstance(layer, nn.Linear | nn.Conv2d) and not is_conv1d(layer):
             continue
-        reason = "named in skip_modules" if name in skip_modules else _unfit(layer, shared)
+        reason = "named in skip_modules" if id(layer) in skipped else _unfit(name, layer, held)
         if reason is not None:
             kind = type(layer).__name__
             layers.append(Layer(name, kind, tuple(getattr(layer.weight, "shape", ())), None, None, False, reason))
             continue
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
         shape, gradient = seen.get(id(layer), (None, True))
         told, sparse = judge(name, layer, shape, min_sparsity, input_gradient=gradient, measured=measure)
         layers.append(told)
         if sparse is not None:
             made[id(layer)] = sparse
     places = [(name, made[id(layer)]) for name, layer in names.items() if id(layer) in made]
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else _copied(model)
     for name, new in places:
         if not name:
             return new, SwapReport(tuple(layers))
@@ -119,26 +127,25 @@ def swap(
     return result, SwapReport(tuple(layers))
 
 
-def _unfit(layer: nn.Linear | nn.Conv2d, shared: set[int]) -> str | None:
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy; weights that a hook computes anew before each call (torch.nn.utils.prune) are copied as they stand."""
+    computed = (t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+
+
+def _unfit(name: str, layer: nn.Module, held: Memory) -> str | None:
+    if is_conv1d(layer):
+        return "a Conv1D has its weight the other way round; SwapSparse takes it, in the graph that fxopt.capture makes"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return COMPUTED
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return f"a {type(layer).__name__}, a subclass, may compute something else"
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed (a parametrization, torch.nn.utils.prune); make it permanent first"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer):
+    if any(hooks(layer)) or "forward" in vars(layer):
         return "it has hooks, or a forward of its own"
-    if id(layer.weight) in shared:
-        return "its weight is used by another module too"
+    for kind, parameter in layer._parameters.items():
+        if parameter is not None and held.user(parameter, but=name) is not None:
+            return f"its {kind} is used by another module too"
     return None
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """The parameters that several modules hold."""
-    holders: dict[int, set[int]] = {}
-    for module in model.modules():
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                holders.setdefault(id(tensor), set()).add(id(module))
-    return {key for key, modules in holders.items() if len(modules) > 1}
 
 
 def _seen(model: nn.Module, inputs: Any) -> dict[int, tuple[tuple[int, ...], bool]]:
@@ -161,9 +168,10 @@ def _seen(model: nn.Module, inputs: Any) -> dict[int, tuple[tuple[int, ...], boo
     try:
         with torch.enable_grad():
             model(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"the model does not run on these inputs: {first}; give a shape or inputs that fit") from error
+    except Exception as error:  # whatever the model's own code raises on what it was not made for
+        first = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
+        told = f"the model cannot be called with these inputs: {first}"
+        raise UsageError(f"{told}; give a shape or inputs that fit") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -178,31 +186,37 @@ def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        given = repr(inputs) if inputs is None or isinstance(inputs, int | str) else f"a {type(inputs).__name__}"
         expected = "the shape of a batch, a tensor, a tuple of positional inputs or a mapping of keywords"
-        raise UsageError(f"{inputs!r} was given as inputs; expected {expected}")
-    given = tuple(inputs)
-    if given and all(isinstance(n, int) for n in given):
+        raise UsageError(f"{given} was given as inputs; expected {expected}")
+    shape = tuple(inputs)
+    if shape and all(isinstance(n, int) for n in shape):
+        if min(shape) < 1:
+            raise UsageError(f"the shape {shape} was given as inputs; expected sizes of 1 or more")
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        return (torch.randn(given, dtype=parameter.dtype, device=parameter.device),), {}
-    return given, {}
-
-
-def _check_sparsity(min_sparsity: float) -> None:
-    if not isinstance(min_sparsity, int | float) or not 0 <= min_sparsity <= 1:
-        raise UsageError(f"min_sparsity={min_sparsity} was given; expected a share from 0 to 1, such as 0.8")
+        return (torch.randn(shape, dtype=parameter.dtype, device=parameter.device),), {}
+    return shape, {}
 
 
 def _check_shape(shape: Sequence[int], layer: nn.Module) -> None:
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         raise UsageError(f"a {type(layer).__name__} was given; expected a torch.nn.Linear or torch.nn.Conv2d")
+    check_initialized(layer)
+    linear = isinstance(layer, nn.Linear)
+    axis, wanted = (-1, layer.in_features) if isinstance(layer, nn.Linear) else (-3, layer.in_channels)
+    form = f"(..., {wanted})" if linear else f"(batch, {wanted}, height, width)"
+    if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape):
+        kind = repr(shape) if isinstance(shape, int) else f"a {type(shape).__name__}"
+        raise UsageError(f"{kind} was given as input_shape; expected sizes, {form}")
     given = tuple(shape)
-    axis, wanted, ranks = (
-        (-1, layer.in_features, None) if isinstance(layer, nn.Linear) else (-3, layer.in_channels, (3, 4))
-    )
-    fits = bool(given) and (ranks is None or len(given) in ranks) and given[axis] == wanted and min(given) > 0
+    fits = bool(given) and (linear or len(given) in (3, 4)) and given[axis] == wanted and min(given) > 0
     if not fits:
-        form = f"(..., {wanted})" if isinstance(layer, nn.Linear) else f"(batch, {wanted}, height, width)"
         raise UsageError(f"input_shape {given} was given; this layer takes {form}")
+    if isinstance(layer, nn.Conv2d):
+        top, bottom, left, right = pads(layer.padding, layer.kernel_size, layer.dilation)
+        least = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        if given[-2] + top + bottom < least[0] or given[-1] + left + right < least[1]:
+            raise UsageError(f"input_shape {given} was given; a kernel of {least[0]} × {least[1]} does not fit into it")
 
 
 __all__ = ["SparseLinear", "sparsify_conv2d_auto", "sparsify_if_faster", "swap", "swap_modules_with_sparse"]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
+from torch.nn.utils import prune
 
 from fxopt.errors import UsageError
 from fxopt.sparse import (
@@ -278,6 +279,11 @@ class Model(nn.Module):
         return self.out(torch.nan_to_num(self.head(y)))
 
 
+class Failing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return {}["missing"]
+
+
 class TestSwap:
     def test_each_layer_is_told_about_and_the_model_stays(self):
         model, x = Model(), torch.randint(0, 10, (4, 50))
@@ -315,7 +321,7 @@ class TestSwap:
     @pytest.mark.parametrize(
         ("run", "told"),
         [
-            (lambda m: swap(m, (2, 13)), "does not run on these inputs: .*; give a shape or inputs that fit"),
+            (lambda m: swap(m, (2, 13)), "cannot be called with these inputs: RuntimeError: .*; give a shape or"),
             (lambda m: swap(m, (2, 12), min_sparsity=80), "min_sparsity=80 was given"),
             (lambda m: swap(m, (2, 12), skip_modules=["9"]), "skip_modules has '9', which the model has not"),
             (lambda m: sparsify_if_faster(nn.ReLU(), (2, 12)), "a ReLU was given"),
@@ -341,6 +347,75 @@ class TestSwap:
         reasons = [layer.reason for layer in report.layers]
         assert len(report.swapped) == 0 and "subclass" in reasons[0] and "hooks" in reasons[1]
 
+    @pytest.mark.parametrize(
+        "hook",
+        [
+            lambda m: m.register_forward_pre_hook(lambda *_: None),
+            lambda m: m.register_full_backward_hook(lambda *_: None),
+            lambda m: m.register_full_backward_pre_hook(lambda *_: None),
+            lambda m: m.register_state_dict_post_hook(lambda *_: None),
+            lambda m: m.register_state_dict_pre_hook(lambda *_: None),
+            lambda m: m.register_load_state_dict_pre_hook(lambda *_: None),
+            lambda m: m.register_load_state_dict_post_hook(lambda *_: None),
+            lambda m: m.weight.register_hook(lambda g: g),
+            lambda m: m.bias.register_post_accumulate_grad_hook(lambda p: None),
+        ],
+    )
+    def test_no_hook_is_lost(self, hook):
+        model = nn.Sequential(sparse_linear(4, 4, 0.9))
+        hook(model[0])
+        swapped, report = swap(model, (2, 4), measure=False, inplace=True)
+        assert swapped[0] is model[0] and report.layers[0].reason == "it has hooks, or a forward of its own"
+
+    @pytest.mark.parametrize("tie", ["module", "parent", "memory"])
+    def test_tied_biases_stay_tied(self, tie):
+        model = nn.Sequential(sparse_linear(8, 8), sparse_linear(8, 8, seed=1))
+        if tie == "module":
+            model[1].bias = model[0].bias
+        elif tie == "parent":
+            model.bias = model[0].bias
+        else:
+            model[1].bias = nn.Parameter(model[0].bias.detach())
+        swapped, report = swap(model, (2, 8), measure=False, inplace=True)
+        told = [layer.reason for layer in report.layers]
+        assert told[0] == "its bias is used by another module too" and (told[1] == told[0]) is (tie != "parent")
+        other = swapped.bias if tie == "parent" else swapped[1].bias
+        with torch.no_grad():
+            swapped[0].bias.add_(1)
+        assert torch.equal(other, swapped[0].bias)
+
+    def test_pruned_by_torch_is_copied_and_left(self):
+        model = nn.Sequential(sparse_linear(4, 4, 0.9))
+        model.append(prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.9))
+        swapped, report = swap(model, (2, 4), measure=False)
+        assert [layer.swapped for layer in report.layers] == [True, False] and "prune" in report.layers[1].reason
+        x = torch.randn(2, 4)
+        torch.testing.assert_close(swapped(x), model(x))
+        assert swapped[1].weight_orig is not model[1].weight_orig
+
+    @pytest.mark.parametrize("kind", ["linear", "conv"])
+    @given(sparsity=st.floats(0, 1))
+    def test_what_was_pruned_to_a_share_has_that_share(self, kind, sparsity):
+        model = nn.Sequential(nn.Linear(7, 11) if kind == "linear" else nn.Conv2d(3, 5, 3))
+        Pruner(model, sparsity)
+        report = swap(model, (2, 7), sparsity, measure=False)[1]
+        assert report.layers[0].swapped, report
+
+    def test_skips_by_any_name(self):
+        model = nn.Sequential(sparse_linear(4, 4, 0.9))
+        model.alias = model[0]
+        report = swap(model, (2, 4), skip_modules=["alias"], measure=False)[1]
+        assert report.layers[0].reason == "named in skip_modules"
+
+    @pytest.mark.parametrize("measure", [True, False])
+    def test_later_random_numbers_are_those_without_it(self, measure):
+        model = nn.Sequential(sparse_linear(), nn.Dropout())
+        sparse, before = SparseLinear.from_dense(model[0]), torch.get_rng_state()
+        swap(model, (4, 12), measure=measure)
+        if measure:
+            compare(model[0], sparse, (4, 12))
+        assert torch.equal(torch.get_rng_state(), before)
+
     def test_torchs_own_transformer_layer_has_no_way_around_it(self):
         model = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
@@ -364,6 +439,13 @@ class TestSwap:
             (lambda: swap("resnet", (2, 3)), "a str was given; expected a torch.nn.Module"),
             (lambda: swap(nn.Linear(3, 3), None), "None was given as inputs; expected the shape"),
             (lambda: swap(nn.Linear(3, 3), (2, 3), min_sparsity="most"), "min_sparsity=most was given"),
+            (lambda: swap(Failing(), (2, 3)), "cannot be called with these inputs: KeyError: 'missing'; give a shape"),
+            (lambda: swap(nn.Linear(3, 3), (-2, 3)), r"the shape \(-2, 3\) was given as inputs; expected sizes of 1"),
+            (lambda: swap(nn.Linear(3, 3), 8), "8 was given as inputs; expected the shape"),
+            (lambda: swap(nn.LazyLinear(3), (2, 3)), "has no shape yet; run it once"),
+            (lambda: sparsify_conv2d_auto(nn.Conv2d(3, 3, 5), (1, 3, 2, 9)), "a kernel of 5 × 5 does not fit"),
+            (lambda: sparsify_conv2d_auto(nn.Conv2d(3, 3, 5), 8), r"8 was given as input_shape; expected sizes, \(ba"),
+            (lambda: sparsify_if_faster(nn.Linear(3, 3), torch.ones(2, 3)), "a Tensor was given as input_shape"),
             (lambda: SparseLinear.from_dense(nn.Linear(3, 4, device="meta")), "holds no numbers; load it first"),
             (lambda: SparseLinear.from_dense(nn.LazyLinear(3)), "has no shape yet; run it once"),
             (lambda: SparseConv2d.from_dense(nn.LazyConv2d(3, 3)), "has no shape yet; run it once"),
@@ -464,7 +546,7 @@ class TestPruning:
             (lambda m: Pruner(m, 0.5, pattern="4:2"), "expected 'unstructured' or N:M"),
             (lambda m: Pruner(m, 0.5, layers=["x"]), "layers names 'x', which is nothing"),
             (lambda m: Pruner(m, "all"), "expected a share, a CubicSchedule or 'existing'"),
-            (lambda m: Pruner(m, pattern="5:7"), "M to divide the second dimension"),
+            (lambda m: Pruner(m, pattern="5:7"), "the model: it has 12 inputs, which 7 does not divide"),
             (lambda m: CubicSchedule(0.9, end=0), "expected 0 <= begin < end"),
             (lambda m: magnitude_masks({"w": torch.tensor([float("inf")])}, 0.5), "w has elements that are NaN"),
         ],

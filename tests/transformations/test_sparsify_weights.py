@@ -113,6 +113,9 @@ def test_near_misses(prune, net, x, reason):
         ({"threshold": -1}, "expected a magnitude"),
         ({"pattern": "4:2"}, "expected 'unstructured' or N:M such as '2:4'"),
         ({"sparsity": 0.5, "scope": "local"}, "expected 'uniform' or 'global'"),
+        ({"threshold": "a"}, "threshold=a was given; expected a magnitude"),
+        ({"sparsity": True}, "sparsity=True was given; expected a share"),
+        ({"sparsity": 0.5, "layers": None}, "layers=None was given; expected a regular expression"),
         ({"sparsity": 0.5, "layers": "("}, "is no regular expression"),
     ],
 )

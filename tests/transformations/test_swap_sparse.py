@@ -225,7 +225,7 @@ def test_measured_decisions_are_told():
 def test_sizes_come_from_inputs_where_the_graph_has_none():
     net = nn.Sequential(thin(nn.Linear(64, 64), 0.9))
     gm = torch.fx.symbolic_trace(net)
-    assert "did not run" in SwapSparse().misses(gm).__next__().reason
+    assert "sizes are unknown; give inputs=" in SwapSparse().misses(gm).__next__().reason
     swap = SwapSparse(inputs=(torch.randn(8, 64),))
     swap(gm)
     assert swap.report(gm).layers[0].timing is not None
@@ -281,6 +281,44 @@ def test_an_unsupported_layer_is_a_miss_in_the_dialect_of_modules():
 def test_a_wrong_share_is_refused(value):
     with pytest.raises(UsageError, match=re.escape(f"min_sparsity={value} was given")):
         SwapSparse(min_sparsity=value)
+
+
+@pytest.mark.parametrize("layers", [["a"], None, "("])
+def test_names_that_are_no_expression_are_refused(layers):
+    with pytest.raises(UsageError, match="regular expression"):
+        SwapSparse(layers=layers)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_layers_on_both_sides_of_a_node_are_undone_alone(dialect):
+    net, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), (torch.randn(3, 6),)
+    gm = trace(net, x, dialect)
+    names, code, dense = [n.name for n in gm.graph.nodes if n.op != "get_attr"], gm.code, gm(*x)
+    prune = SparsifyWeights(sparsity=0.5)
+    prune(gm)
+    FORCED(gm)
+    assert [len(commit.rewrites) for commit in history(gm)] == [2, 2]
+    assert [n.name for n in gm.graph.nodes if n.op != "get_attr"] == names
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output").all_input_nodes[0]
+    assert prune.transformed(output) and FORCED.transformed(output)
+    expected = gm(*x)
+    history(gm)[1].rewrites[0].reverse()
+    found = dict(gm.named_parameters())
+    assert "0.weight" in found and "2.weight" not in found
+    torch.testing.assert_close(gm(*x), expected)
+    FORCED.reverse(gm)
+    history(gm)[0].rewrites[1].reverse()
+    assert int((gm.get_parameter("2.weight") == 0).sum()) == 0 < int((gm.get_parameter("0.weight") == 0).sum())
+    prune.reverse(gm)
+    assert gm.code == code and torch.equal(gm(*x), dense)
+
+
+def test_random_numbers_after_it_are_those_without_it():
+    gm = trace(nn.Sequential(thin(nn.Linear(64, 64), 0.9)), (torch.randn(8, 64),), "aten")
+    before = torch.get_rng_state()
+    SwapSparse()(gm)
+    SwapSparse(measure=False)(gm)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @given(
