@@ -4,8 +4,9 @@ Does a block-sparse layer pay? Against dense, torch's own block-sparse format, a
     .venv/bin/python benchmarks/block_sparse.py [--threads 2] [--tokens 1,128,512,2048] [--block 32] [--rounds 15]
         [--device cpu] [--dtype float32] [--quick] [--no-model]
 
-Prints how many times as fast as dense each is: the median of the rounds' ratios, all contenders in each round. Forward
-without gradients; then forward with both backward products; then a whole BERT with its feed-forward layers sparse.
+Prints how many times as fast as dense each is: the median of the ratios over rounds of dense and it in turn, so that no
+third one has its data in the caches between them. Forward without gradients; then forward with both backward products;
+then a whole BERT with its feed-forward layers sparse.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ from fxopt.sparse import BlockSparseLinear, BlockSparseModelPatcher
 
 
 def ratios(contenders: dict[str, Callable[[], object]], rounds: int, seconds: float, sync: bool) -> dict[str, float]:
+    """The median of time(first) / time(each), each in rounds of its own with the first."""
+    first, *others = contenders
+    pairs = [{first: contenders[first], name: contenders[name]} for name in others]
+    return {n: r for pair in pairs for n, r in in_turn(pair, rounds, seconds, sync).items()}
+
+
+def in_turn(contenders: dict[str, Callable[[], object]], rounds: int, seconds: float, sync: bool) -> dict[str, float]:
     """The median of time(first) / time(each) over the rounds."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():

@@ -4,12 +4,12 @@ Unstructured sparsity: fxopt's layers against dense ones, torch's CSR tensors an
     .venv/bin/python benchmarks/sparse.py [linear] [conv] [layers] [step] [--threads 1,2] [--rounds 7]
                                           [--sparsity 0.8,0.9,0.95,0.98] [--tokens 128,512,2048] [--no-sparseprop]
 
-Prints how often faster than dense each is: medians of the ratios over interleaved rounds in one process, the numbers of
-threads in turn too, and at the end of each table the medians by sparsity. `linear` and `conv` time one layer, by its
-module, forward and then the gradients of input, weight and bias; `layers` the same of every layer of the steps below,
-each shape once; `step` a whole training step's forward and backward of ResNet-18 and of two transformer blocks, every
-layer but the first convolution and the classifier sparse, none left out for being slow. The activations are in torch's
-own layout, the allocator keeps its memory between rounds, as in a process that trains.
+Prints how often faster than dense each is: medians of the ratios over rounds of dense and it in turn, in one process,
+so that no third one has its data in the caches between them; at the end of each table the medians by sparsity. `linear`
+and `conv` time one layer, by its module, forward and then the gradients of input, weight and bias; `layers` the same of
+every layer of the steps below, each shape once; `step` a whole training step's forward and backward of ResNet-18 and of
+two transformer blocks, every layer but the first convolution and the classifier sparse, none left out for being slow.
+The activations are in torch's own layout, the allocator keeps its memory between rounds, as in a process that trains.
 
 SparseProp is built once into an environment of its own under build/ (`pip install sparseprop`, which needs a compiler
 and a package registry); where that fails, a line says so and its columns stay empty. Set ATEN_CPU_CAPABILITY=avx2 and
@@ -266,9 +266,17 @@ def whole(model: nn.Module, x: dict[str, Tensor]) -> Callable[[], object]:
 
 
 def ratios(calls: Runs, rounds: int, threads: Sequence[int]) -> dict[int, dict[str, float]]:
+    """By number of threads, the median over the rounds of dense over each, each in rounds of its own with dense."""
+    found: dict[int, dict[str, float]] = {t: {} for t in threads}
+    for kind in calls:
+        if kind != "dense":
+            for t, ratio in in_turn({"dense": calls["dense"], kind: calls[kind]}, rounds, threads).items():
+                found[t][kind] = ratio[kind]
+    return found
+
+
+def in_turn(calls: Runs, rounds: int, threads: Sequence[int]) -> dict[int, dict[str, float]]:
     """By number of threads, the median over the rounds of dense over each."""
-    if not calls:
-        return {t: {} for t in threads}
     seconds: dict[int, list[dict[str, float]]] = {t: [] for t in threads}
     for i in range(rounds + 2):
         for t in threads:

@@ -61,7 +61,8 @@ def test_the_default_pipeline_keeps_embeddings_and_ranking(model, inputs, tmp_pa
     assert report.ok, report.verification.summary
     (result,) = report.results.values()
     assert all(s.verification.ok for s in result.steps if s.rewrites)
-    assert sum(bool(s.rewrites) for s in result.steps) >= 6
+    # which weights are worth packing depends on the CPU's instruction set
+    assert sum(bool(s.rewrites) for s in result.steps if not s.signature.startswith("PackWeights")) >= 5
     fast = report.model
     assert (embed(fast, inputs) - eager).abs().max() < 1e-5
     assert ranking(embed(fast, inputs)) == ranking(eager)
