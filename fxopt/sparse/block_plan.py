@@ -17,6 +17,7 @@ from fxopt.kernels.semi_structured import accelerated
 from fxopt.sparse.block_linear import BlockSparseLinear, checked_block, grid
 from fxopt.sparse.block_report import BLOCKS, DENSE, PAIRS, LayerReport, Timing
 from fxopt.sparse.block_select import Select, check_select, count, dense_mask, kept_blocks
+from fxopt.sparse.dense_layers import HOOKS
 from fxopt.sparse.semi_structured import SELECTS, SemiStructuredLinear, has_pairs, kept_pairs
 from fxopt.sparse.sparsified_linear import SparsifiedLinear
 
@@ -295,24 +296,12 @@ def output_error(weight: Tensor, layer: SparsifiedLinear, inputs: Tensor) -> flo
 def hook_of(module: nn.Module | None, weight: Tensor) -> str:
     """What was attached to a layer or its weight and would be lost, in words; "" where nothing is."""
     held = vars(module) if module is not None else {}
-    for name in _HOOKS:
+    for name in HOOKS:
         if held.get(name):
             return name.strip("_").replace("_", " ")
     if "forward" in held:
         return "a forward of its own"
     return "hooks on its weight" if weight._backward_hooks or weight._post_accumulate_grad_hooks else ""
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 def rows_of(x: Tensor, limit: int = CALIBRATION_ROWS) -> Tensor:

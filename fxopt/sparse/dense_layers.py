@@ -157,7 +157,7 @@ def holders(model: nn.Module) -> Memory:
     return found
 
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
@@ -167,11 +167,12 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+"""Where a module keeps its hooks."""
 
 
 def hooks(layer: nn.Module) -> Iterator[str]:
     """The kinds of hooks that a layer and its parameters have, and that another layer in its place would not."""
-    yield from (name for name in _HOOKS if getattr(layer, name))
+    yield from (name for name in HOOKS if getattr(layer, name))
     for held in layer._parameters.values():
         if held is not None:
             yield from (n for n in ("_backward_hooks", "_post_accumulate_grad_hooks") if getattr(held, n, None))
