@@ -29,10 +29,10 @@ LANES = 16
 
 _POINTER, _INT64, _INT = native.POINTER, native.INT64, native.INT
 _product = native.function("fxopt_block_product", [_POINTER] * 7 + [_INT64] * 5 + [_INT] * 3)
-_gradient = native.function("fxopt_block_gradient", [_POINTER] * 6 + [_INT64] * 6 + [_INT] * 2)
+_gradient = native.function("fxopt_block_gradient", [_POINTER] * 5 + [_INT64] * 6 + [_INT] * 2)
 _product_bfloat16 = native.function("fxopt_block_product_bfloat16", [_POINTER] * 7 + [_INT64] * 5 + [_INT] * 3, True)
-_gradient_bfloat16 = native.function("fxopt_block_gradient_bfloat16", [_POINTER] * 6 + [_INT64] * 6 + [_INT] * 2, True)
-_TOKENS_AT_ONCE = 256  # BlockGradient::TOKENS
+_gradient_bfloat16 = native.function("fxopt_block_gradient_bfloat16", [_POINTER] * 5 + [_INT64] * 6 + [_INT] * 2, True)
+_FLOAT = torch.float32
 
 
 def transposed_index(crow: Tensor, col: Tensor, columns: int) -> Tensor:
@@ -141,6 +141,8 @@ def _block_linear(
     transposed: bool = False,
 ) -> Tensor:
     """x @ weightᵀ + bias, or x @ weight if ``transposed``: (…, in) -> (…, features)."""
+    if (ready := _as_it_is(x, data, bias, crow, col, index, features, transposed)) is not None:
+        return ready
     if x.dtype != data.dtype or (bias is not None and bias.dtype != data.dtype):
         raise ValueError(f"the input is {x.dtype}, the blocks are {data.dtype}; give the same type")
     blocks = _Blocks(data, crow, col, index, transposed)
@@ -156,6 +158,55 @@ def _block_linear(
     else:
         y = _torch_product(rows, blocks, bias, features)
     return y if rows is x else y.view(*x.shape[:-1], features)
+
+
+def _as_it_is(
+    x: Tensor, data: Tensor, bias: Tensor | None, crow: Tensor, col: Tensor, index: Tensor, features: int, turned: bool
+) -> Tensor | None:
+    """
+    The product of what the native kernel takes without a copy, which is what a layer mostly gives; None for all else,
+    right or wrong. Written out: a small layer is done in some 100 µs, of which the general way takes ten, and more when
+    Python's own data is not in the caches.
+    """
+    if _product is None or x.dtype is not _FLOAT or data.dtype is not _FLOAT or not (x.is_cpu and data.is_cpu):
+        return None
+    if not (x.is_contiguous() and data.is_contiguous()) or len(data.shape) != 3 or not x.shape:
+        return None
+    nnz, bo, bi = data.shape
+    rows = crow.shape[0] - 1
+    columns = index.shape[0] - 3 * nnz - 1
+    if turned:
+        rows, columns, outer, inner = columns, rows, bi, bo
+    else:
+        outer, inner = bo, bi
+    if x.shape[-1] != columns * inner or features != rows * outer or bo % LANES or bi % LANES:
+        return None
+    if not _are_indices(crow, col, index) or col.shape[0] != nnz:
+        return None
+    tokens = x.numel() // max(1, x.shape[-1])
+    if not (nnz and tokens and features):
+        return None
+    at_bias = None
+    if bias is not None:
+        if bias.dtype is not _FLOAT or not bias.is_cpu or not bias.is_contiguous() or bias.shape != (features,):
+            return None
+        at_bias = bias.data_ptr()
+    at_crow, at_col, at_place = crow.data_ptr(), col.data_ptr(), None
+    if turned:  # `transposed_index` has them one after the other
+        at_col = index.data_ptr() + 4 * nnz
+        at_place = at_col + 4 * nnz
+        at_crow = at_place + 4 * nnz
+    y = torch.empty((*x.shape[:-1], features), dtype=_FLOAT)
+    pointers = (x.data_ptr(), data.data_ptr(), at_crow, at_col, at_place, at_bias, y.data_ptr())
+    _product(*pointers, tokens, rows, columns, outer, inner, int(not turned), *native.call_context())
+    return y
+
+
+def _are_indices(*tensors: Tensor) -> bool:
+    for held in tensors:
+        if held.dtype is not torch.int32 or not held.is_cpu or not held.is_contiguous() or len(held.shape) != 1:
+            return False
+    return True
 
 
 def _reference(
@@ -256,6 +307,8 @@ def block_view(weight: Tensor, block: tuple[int, int]) -> Tensor:
 
 def _block_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tensor, index: Tensor) -> Tensor:
     """The blocks of gᵀ @ x where `data` has blocks: g (…, out), x (…, in) -> a tensor as `data`."""
+    if (ready := _gradient_as_it_is(g, x, data, crow, col, index)) is not None:
+        return ready
     if g.dtype != x.dtype or g.device != x.device or g.shape[:-1] != x.shape[:-1]:
         both = (f"{tuple(t.shape)} of {t.dtype} on {t.device}" for t in (g, x))
         raise ValueError(f"{' and '.join(both)} are not of the same tokens")
@@ -272,6 +325,27 @@ def _block_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tenso
     return _torch_gradient(g, x, blocks)
 
 
+def _gradient_as_it_is(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tensor, index: Tensor) -> Tensor | None:
+    """The gradient of what the native kernel takes without a copy, else None, as `_as_it_is`."""
+    if _gradient is None or not (g.dtype is x.dtype is data.dtype is _FLOAT) or not (g.is_cpu and x.is_cpu):
+        return None
+    if not (g.is_contiguous() and x.is_contiguous()) or len(data.shape) != 3 or not (g.shape and x.shape):
+        return None
+    nnz, bo, bi = data.shape
+    rows, columns = crow.shape[0] - 1, index.shape[0] - 3 * nnz - 1
+    if g.shape[-1] != rows * bo or x.shape[-1] != columns * bi or g.shape[:-1] != x.shape[:-1] or bo % LANES or bi % LANES:
+        return None
+    if not _are_indices(crow, col, index) or col.shape[0] != nnz or not data.is_cpu:
+        return None
+    tokens = g.numel() // max(1, g.shape[-1])
+    if not (nnz and tokens):
+        return None
+    out = torch.empty(data.shape, dtype=_FLOAT)
+    pointers = (x.data_ptr(), g.data_ptr(), index.data_ptr(), col.data_ptr(), out.data_ptr())
+    _gradient(*pointers, tokens, nnz, rows, columns, bo, bi, *native.call_context())
+    return out
+
+
 def _native_gradient(g: Tensor, x: Tensor, blocks: _Blocks) -> Tensor:
     kept, run = x.dtype, _gradient
     g, x = _padded(g, blocks.rows * blocks.outer), _padded(x, blocks.columns * blocks.inner)
@@ -280,8 +354,7 @@ def _native_gradient(g: Tensor, x: Tensor, blocks: _Blocks) -> Tensor:
     else:
         g, x = g.float(), x.float()
     out = torch.empty(blocks.data.shape, dtype=torch.float32)
-    scratch = torch.empty(min(x.shape[0], _TOKENS_AT_ONCE) * (g.shape[1] + x.shape[1]), dtype=torch.float32)
-    tensors = map(native.address, (x, g, blocks.row, blocks.col, out, scratch))
+    tensors = map(native.address, (x, g, blocks.row, blocks.col, out))
     sizes = (x.shape[0], out.shape[0], blocks.rows, blocks.columns, blocks.outer, blocks.inner)
     run(*tensors, *sizes, *native.call_context())
     return out.to(kept)
@@ -365,3 +438,4 @@ def _gradient_backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
 
 block_linear = differentiable("block_linear", _block_linear, _fake_linear, _keep_linear, _linear_backward, _reference)
 block_gradient = differentiable("block_gradient", _block_gradient, _fake_gradient, _keep_gradient, _gradient_backward)
+

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.errors import UsageError
+from fxopt.kernels.unstructured import convolve
 from fxopt.kernels.unstructured_pattern import Pattern, by_row, conv2d_pattern, rows_of
 from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, check_tensors, mask_of
 from fxopt.kernels.unstructured_window import check_options
@@ -115,21 +116,8 @@ class SparseConv2d(SparseWeight):
         if self.padding_mode != "zeros":
             input = F.pad(input, (left, right, top, bottom), self.padding_mode)
             top = bottom = left = right = 0
-        y: Tensor = torch.ops.fxopt.sparse_conv2d.default(
-            input,
-            self.values,
-            self.bias,
-            self.row_start,
-            self.column,
-            self.column_start,
-            self.row,
-            self.place,
-            self.kernel_size,
-            self.stride,
-            (top, bottom, left, right),
-            self.dilation,
-            self.groups,
-        )
+        padding, kernel = (top, bottom, left, right), self.kernel_size
+        y: Tensor = convolve(input, *self._tensors(), kernel, self.stride, padding, self.dilation, self.groups)
         return y
 
     @property

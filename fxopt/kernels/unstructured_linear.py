@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import UsageError
+from fxopt.kernels.unstructured import multiply
 from fxopt.kernels.unstructured_pattern import Pattern, by_row, linear_pattern, rows_of
 from fxopt.kernels.unstructured_weight import SparseWeight, check_initialized, check_tensors, mask_of
 
@@ -47,9 +48,7 @@ class SparseLinear(SparseWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         """x (…, in_features) -> (…, out_features)."""
-        y: Tensor = torch.ops.fxopt.sparse_linear.default(
-            input, self.values, self.bias, self.row_start, self.column, self.column_start, self.row, self.place
-        )
+        y: Tensor = multiply(input, *self._tensors())
         return y
 
     @property

@@ -67,6 +67,14 @@ class SparseWeight(nn.Module):
         """Where the values stand."""
         return Pattern(self.row_start, self.column, self.column_start, self.row, self.place)
 
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Values, bias and pattern, as the operators take them."""
+        own, held = self._parameters, self._buffers
+        try:
+            return own["values"], own["bias"], *[held[name] for name in Pattern._fields]  # type: ignore[return-value]
+        except KeyError:  # parametrized, or a replica of DataParallel: as attributes, which Python looks up one by one
+            return self.values, self.bias, *self.pattern
+
     def keep(self, kept: Tensor) -> Tensor:
         """
         Drop the values where `kept` is False: boolean, of the values' shape or of `weight_shape`; none can be added.

@@ -203,7 +203,12 @@ class BlockSparseLinear(SparsifiedLinear):
         # The operator takes every width that ends in the last block; the proxies that fx traces with have none to check
         if isinstance(input, Tensor) and input.shape[-1:] != (self.in_features,):
             raise UsageError(f"the input is {tuple(input.shape)}, expected {self.in_features} features")
-        y: Tensor = block_linear(input, self.data, self.bias, self.crow, self.col, self.index, self.out_features)
+        own, held = self._parameters, self._buffers
+        try:
+            tensors = own["data"], own["bias"], held["crow"], held["col"], held["index"]
+        except KeyError:  # parametrized, or a replica of DataParallel: as attributes, which Python looks up one by one
+            tensors = self.data, self.bias, self.crow, self.col, self.index
+        y: Tensor = block_linear(input, *tensors, self.out_features)
         return y
 
     def extra_repr(self) -> str:

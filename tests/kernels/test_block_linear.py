@@ -200,9 +200,9 @@ def test_opcheck(way):
     for bias, transposed in ((b, False), (None, False), (None, True)):
         given = torch.randn(2, 5, 100, requires_grad=True) if transposed else x
         features = 70 if transposed else 100
-        torch.library.opcheck(block_linear, (given, data, bias, *weight.where, features, transposed))
+        torch.library.opcheck(torch.ops.fxopt.block_linear.default, (given, data, bias, *weight.where, features, transposed))
     g = torch.randn(2, 5, 100, requires_grad=True)
-    torch.library.opcheck(block_gradient, (g, x, data.detach(), *weight.where))
+    torch.library.opcheck(torch.ops.fxopt.block_gradient.default, (g, x, data.detach(), *weight.where))
 
 
 def test_it_can_be_differentiated_twice():
@@ -247,7 +247,7 @@ class Module(torch.nn.Module):
 def test_it_is_one_node_and_reloads():
     module, any_ = Module(Weight(100, 70, (32, 16), 0.4)), torch.export.Dim.DYNAMIC
     program = torch.export.export(module, (torch.randn(2, 5, 70),), dynamic_shapes={"x": {0: any_, 1: any_}})
-    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [block_linear]
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [torch.ops.fxopt.block_linear.default]
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

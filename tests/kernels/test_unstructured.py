@@ -32,7 +32,8 @@ def use(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from fxopt.kernels import unstructured
 
     if name is None:
-        monkeypatch.setattr(unstructured, "_kernel", lambda *_: None)
+        for kernel in ("_run_linear", "_run_linear_backward", "_run_conv2d", "_run_conv2d_backward"):
+            monkeypatch.setattr(unstructured, kernel, None)
         return
     if native.library() is None:
         pytest.skip(f"needs the native library: {native.why_not()}")

@@ -19,11 +19,10 @@ FXOPT_API void fxopt_block_product(const float *x, const float *blocks, const in
     FXOPT_DISPATCH(isa, block_product(p, threads));
 }
 
-// `scratch` holds the columns of min(tokens, BlockGradient::TOKENS) tokens of x and of g.
 FXOPT_API void fxopt_block_gradient(const float *x, const float *g, const int32_t *row, const int32_t *col, float *dw,
-                                    float *scratch, int64_t tokens, int64_t blocks, int64_t rows, int64_t columns,
-                                    int64_t outer, int64_t inner, int isa, int threads) {
-    const fxopt::BlockGradient p = {x, g, row, col, dw, scratch, tokens, blocks, rows, columns, outer, inner};
+                                    int64_t tokens, int64_t blocks, int64_t rows, int64_t columns, int64_t outer,
+                                    int64_t inner, int isa, int threads) {
+    const fxopt::BlockGradient p = {x, g, row, col, dw, tokens, blocks, rows, columns, outer, inner};
     threads = worth(threads, tokens * blocks * outer * inner);
     if (!fxopt::gradient_by_tiles(p, isa, threads))
         FXOPT_DISPATCH(isa, block_gradient(p, threads));
@@ -54,9 +53,9 @@ FXOPT_API void fxopt_block_product_bfloat16(const float *x, const float *blocks,
 
 // The same of bfloat16, x and g; dw is float32.
 FXOPT_API void fxopt_block_gradient_bfloat16(const float *x, const float *g, const int32_t *row, const int32_t *col,
-                                             float *dw, float *scratch, int64_t tokens, int64_t blocks, int64_t rows,
-                                             int64_t columns, int64_t outer, int64_t inner, int isa, int threads) {
-    const fxopt::BlockGradient p = {x, g, row, col, dw, scratch, tokens, blocks, rows, columns, outer, inner};
+                                             float *dw, int64_t tokens, int64_t blocks, int64_t rows, int64_t columns,
+                                             int64_t outer, int64_t inner, int isa, int threads) {
+    const fxopt::BlockGradient p = {x, g, row, col, dw, tokens, blocks, rows, columns, outer, inner};
     (void)isa;
     fxopt::bfloat16::block_gradient(p, worth(threads, tokens * blocks * outer * inner / 2));
 }

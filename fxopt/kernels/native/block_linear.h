@@ -17,7 +17,8 @@ struct BlockProduct {
     int64_t outer, inner; // of a block: the outputs, and what is summed over
     bool transposed;      // a block is [outer, inner] and not [inner, outer]
 
-    static constexpr int64_t PIECE = 16; // columns of x that are packed together: a cache line
+    static constexpr int64_t PIECE = 16;     // columns of x that are packed together: a cache line
+    static constexpr int64_t IN_PLACE = 192; // tokens up to which packing x costs more than it saves
 
     // Blocks of a row that are multiplied in one go: their panel has to stay in the L2 cache beside the tokens. A panel
     // that few tokens read is made for them alone, and read at once from L1.
@@ -33,11 +34,11 @@ struct BlockProduct {
 struct BlockGradient {
     const float *x, *g;
     const int32_t *row, *col;
-    float *dw, *scratch;
+    float *dw;
     int64_t tokens, blocks, rows, columns, outer, inner;
 
-    static constexpr int64_t TOKENS = 256;
-    int64_t at_once() const { return std::min(tokens, TOKENS); }
+    static constexpr int64_t IN_PLACE = 192; // tokens up to which splitting x and g into columns costs more than it saves
+    int64_t at_once() const { return std::min<int64_t>(tokens, 256); }
 };
 
 // Computes by the tile unit. False where it is not there or not able to; what was written is of no use then.
