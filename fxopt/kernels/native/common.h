@@ -8,6 +8,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -47,7 +50,8 @@ class Scratch {
 };
 
 // Memory that a thread keeps between calls: large memory that is freed goes back to the system and comes again page by
-// page, which costs more than many a product.
+// page, which costs more than many a product. It is asked for in pages of 2 MB: what is read here and there in a panel has
+// more pages of 4 kB than the CPU remembers the addresses of.
 class KeptMemory {
   public:
     KeptMemory() = default;
@@ -58,16 +62,20 @@ class KeptMemory {
     float *get(int64_t floats) {
         if (floats > size_) {
             std::free(data_);
-            const size_t bytes = (static_cast<size_t>(floats) * 4 + 4095) / 4096 * 4096;
-            data_ = static_cast<float *>(std::aligned_alloc(4096, bytes));
+            const size_t bytes = (static_cast<size_t>(floats) * 4 + PAGE - 1) / PAGE * PAGE;
+            data_ = static_cast<float *>(std::aligned_alloc(PAGE, bytes));
             if (data_ == nullptr)
                 std::abort(); // as torch's own threads do; there is no way to raise from here
+#if defined(MADV_HUGEPAGE)
+            madvise(data_, bytes, MADV_HUGEPAGE); // where the system has none, small ones do
+#endif
             size_ = static_cast<int64_t>(bytes / 4);
         }
         return data_;
     }
 
   private:
+    static constexpr size_t PAGE = 2 << 20;
     float *data_ = nullptr;
     int64_t size_ = 0;
 };
