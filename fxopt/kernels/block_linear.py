@@ -183,7 +183,8 @@ def _as_it_is(
         return None
     if not _are_indices(crow, col, index) or col.shape[0] != nnz:
         return None
-    tokens = x.numel() // max(1, x.shape[-1])
+    shape = x.shape
+    tokens = shape[0] if len(shape) == 2 else shape[:-1].numel()
     if not (nnz and tokens and features):
         return None
     at_bias = None
@@ -196,7 +197,7 @@ def _as_it_is(
         at_col = index.data_ptr() + 4 * nnz
         at_place = at_col + 4 * nnz
         at_crow = at_place + 4 * nnz
-    y = torch.empty((*x.shape[:-1], features), dtype=_FLOAT)
+    y = torch.empty(*shape[:-1], features, dtype=_FLOAT)
     pointers = (x.data_ptr(), data.data_ptr(), at_crow, at_col, at_place, at_bias, y.data_ptr())
     _product(*pointers, tokens, rows, columns, outer, inner, int(not turned), *native.call_context())
     return y

@@ -60,19 +60,21 @@ def sparse_linear(
 
     Raises `UsageError` for other dtypes and for shapes that do not fit.
     """
-    inputs, outputs = column_start.shape[0] - 1, row_start.shape[0] - 1
-    tokens = x.numel() // max(inputs, 1)
+    inputs, outputs, shape = column_start.shape[0] - 1, row_start.shape[0] - 1, x.shape
     if (
         _run_linear is not None
-        and tokens > 0 < outputs
+        and shape
+        and shape[-1] == inputs
+        and outputs
         and _fits(x, values, bias, outputs, row_start, column, column_start, row, place)
-        and x.shape[-1] == inputs
     ):
-        y = torch.empty((*x.shape[:-1], outputs), dtype=_FLOAT)
-        at_bias = None if bias is None else bias.data_ptr()
-        pointers = (x.data_ptr(), row_start.data_ptr(), column.data_ptr(), values.data_ptr(), at_bias, y.data_ptr())
-        _run_linear(*pointers, tokens, inputs, outputs, *_context(tokens * values.shape[0]))
-        return y
+        tokens = shape[0] if len(shape) == 2 else shape[:-1].numel()
+        if tokens and inputs:
+            y = torch.empty(*shape[:-1], outputs, dtype=_FLOAT)
+            at_bias = None if bias is None else bias.data_ptr()
+            held = (x.data_ptr(), row_start.data_ptr(), column.data_ptr(), values.data_ptr(), at_bias, y.data_ptr())
+            _run_linear(*held, tokens, inputs, outputs, *_context(tokens * values.shape[0]))
+            return y
     _check("sparse_linear", x, values, bias, row_start, column, column_start, row, place)
     if x.dim() == 0 or x.shape[-1] != inputs:
         raise UsageError(f"sparse_linear was given an input of shape {tuple(x.shape)}; expected (..., {inputs})")
@@ -314,8 +316,7 @@ def _is_native(*tensors: Tensor) -> bool:
 
 
 def _context(products: int) -> tuple[int, int]:
-    isa, threads = native.call_context()
-    return isa, threads if products > _ALONE else 1
+    return native.number_of_isa(), torch.get_num_threads() if products > _ALONE else 1
 
 
 def _products(y: Tensor, values: Tensor) -> int:

@@ -28,6 +28,8 @@ The instruction sets for which the kernels are compiled, as the library numbers 
 compiled for AMX, a unit for products of matrices beside AVX-512, runs as on AVX-512.
 """
 
+_NUMBERS = {name: number for number, name in enumerate(ISAS)}
+
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 """The types of arguments: a tensor's address (or None), a size, a flag or a count of threads, a number."""
 
@@ -117,4 +119,9 @@ def address(tensor: Tensor | None) -> int | None:
 
 def call_context() -> tuple[int, int]:
     """The last two arguments of every kernel: the number of the instruction set, and torch's number of threads."""
-    return ISAS.index(isa()), torch.get_num_threads()
+    return number_of_isa(), torch.get_num_threads()
+
+
+def number_of_isa() -> int:
+    """The number of the instruction set, as the library counts them."""
+    return _NUMBERS[isa()]
