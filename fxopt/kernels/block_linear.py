@@ -334,7 +334,13 @@ def _gradient_as_it_is(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Te
         return None
     nnz, bo, bi = data.shape
     rows, columns = crow.shape[0] - 1, index.shape[0] - 3 * nnz - 1
-    if g.shape[-1] != rows * bo or x.shape[-1] != columns * bi or g.shape[:-1] != x.shape[:-1] or bo % LANES or bi % LANES:
+    if (
+        g.shape[-1] != rows * bo
+        or x.shape[-1] != columns * bi
+        or g.shape[:-1] != x.shape[:-1]
+        or bo % LANES
+        or bi % LANES
+    ):
         return None
     if not _are_indices(crow, col, index) or col.shape[0] != nnz or not data.is_cpu:
         return None
@@ -439,4 +445,3 @@ def _gradient_backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
 
 block_linear = differentiable("block_linear", _block_linear, _fake_linear, _keep_linear, _linear_backward, _reference)
 block_gradient = differentiable("block_gradient", _block_gradient, _fake_gradient, _keep_gradient, _gradient_backward)
-

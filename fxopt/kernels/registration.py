@@ -153,7 +153,7 @@ def differentiate(
             for i in tensors:
                 argument = arguments[i] if i < len(arguments) else None  # defaults at the end are left out
                 if argument is not None and argument.requires_grad:
-                    return Recorded.apply(*arguments)
+                    return Recorded.apply(*arguments)  # type: ignore[no-untyped-call]
         return kernel(*arguments)
 
     def with_autograd(keyset: Any, *arguments: Any) -> Any:

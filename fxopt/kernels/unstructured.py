@@ -71,9 +71,10 @@ def sparse_linear(
         tokens = shape[0] if len(shape) == 2 else shape[:-1].numel()
         if tokens and inputs:
             y = torch.empty(*shape[:-1], outputs, dtype=_FLOAT)
+            weight = row_start.data_ptr(), column.data_ptr(), values.data_ptr()
             at_bias = None if bias is None else bias.data_ptr()
-            held = (x.data_ptr(), row_start.data_ptr(), column.data_ptr(), values.data_ptr(), at_bias, y.data_ptr())
-            _run_linear(*held, tokens, inputs, outputs, *_context(tokens * values.shape[0]))
+            sizes = tokens, inputs, outputs
+            _run_linear(x.data_ptr(), *weight, at_bias, y.data_ptr(), *sizes, *_context(tokens * values.shape[0]))
             return y
     _check("sparse_linear", x, values, bias, row_start, column, column_start, row, place)
     if x.dim() == 0 or x.shape[-1] != inputs:
@@ -309,10 +310,7 @@ def _fits(x: Tensor, values: Tensor, bias: Tensor | None, outputs: int, *pattern
 
 def _is_native(*tensors: Tensor) -> bool:
     """Whether these are for the C functions; else torch has to do."""
-    for tensor in tensors:
-        if tensor.dtype != torch.float32 or not tensor.is_cpu:
-            return False
-    return True
+    return all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
 
 
 def _context(products: int) -> tuple[int, int]:

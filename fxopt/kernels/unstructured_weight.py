@@ -71,7 +71,7 @@ class SparseWeight(nn.Module):
         """Values, bias and pattern, as the operators take them."""
         own, held = self._parameters, self._buffers
         try:
-            return own["values"], own["bias"], *[held[name] for name in Pattern._fields]  # type: ignore[return-value]
+            return own["values"], own["bias"], *[held[name] for name in Pattern._fields]
         except KeyError:  # parametrized, or a replica of DataParallel: as attributes, which Python looks up one by one
             return self.values, self.bias, *self.pattern
 

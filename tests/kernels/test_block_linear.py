@@ -200,7 +200,9 @@ def test_opcheck(way):
     for bias, transposed in ((b, False), (None, False), (None, True)):
         given = torch.randn(2, 5, 100, requires_grad=True) if transposed else x
         features = 70 if transposed else 100
-        torch.library.opcheck(torch.ops.fxopt.block_linear.default, (given, data, bias, *weight.where, features, transposed))
+        torch.library.opcheck(
+            torch.ops.fxopt.block_linear.default, (given, data, bias, *weight.where, features, transposed)
+        )
     g = torch.randn(2, 5, 100, requires_grad=True)
     torch.library.opcheck(torch.ops.fxopt.block_gradient.default, (g, x, data.detach(), *weight.where))
 

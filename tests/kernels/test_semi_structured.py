@@ -112,7 +112,9 @@ class Module(torch.nn.Module):
 def test_it_is_one_node_and_reloads():
     module, any_ = Module(), torch.export.Dim.DYNAMIC
     program = torch.export.export(module, (torch.randn(2, 5, 64),), dynamic_shapes={"x": {0: any_, 1: any_}})
-    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [torch.ops.fxopt.semi_structured_linear.default]
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [
+        torch.ops.fxopt.semi_structured_linear.default
+    ]
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
