@@ -5,8 +5,9 @@ Does a block-sparse layer pay? Against dense, torch's own block-sparse format, a
         [--device cpu] [--dtype float32] [--quick] [--no-model]
 
 Prints how many times as fast as dense each is: the median of the ratios over rounds of dense and it in turn, so that no
-third one has its data in the caches between them. Forward without gradients; then forward with both backward products;
-then a whole BERT with its feed-forward layers sparse.
+third one has its data in the caches between them; the allocator keeps its memory between rounds, as in a process that
+trains. Forward without gradients; then forward with both backward products; then a whole BERT with its feed-forward
+layers sparse.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from sparse import keep_memory  # benchmarks/sparse.py
 from torch import nn
 
 from fxopt.kernels import native
@@ -126,6 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    keep_memory()
     print(f"{arguments.device}, {arguments.dtype}, {arguments.threads} threads, kernels: {native.isa()}; times as fast")
     print(f"{'layer':>11} {'tokens':>6} {'density':>8} {'forward':>9} {'torch BSR':>9} {'training':>9} {'masked':>9}")
     shapes = ((768, 3072),) if arguments.quick else ((768, 3072), (3072, 768))
