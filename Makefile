@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 WORKERS ?= 2
 # Examples that Hypothesis draws for each property test.
-EXAMPLES ?= 100
+EXAMPLES ?= 50
 ALL_EXAMPLES ?= 1000
 # The native kernels, built by the editable install where there is a C++ compiler.
 NATIVE := $(wildcard fxopt/kernels/native/*.c fxopt/kernels/native/*.cpp fxopt/kernels/native/*.h fxopt/kernels/native/*.inc)
