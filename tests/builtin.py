@@ -13,8 +13,11 @@ from fxopt.inputs import example_inputs
 
 # `whisper-tiny` is what OpenAI calls one of full size.
 TINY = [name for name in models.names() if name.endswith(models.TINY) and name != "whisper-tiny"]
-# All tests of one model in one worker, which captures it.
-EACH = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TINY]
+
+
+def each(*names):
+    """What a test of each model is parametrised with: all tests of one model run in one worker, which captures it."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
 
 
 class BuiltIn(NamedTuple):

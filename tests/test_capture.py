@@ -14,7 +14,7 @@ from fxopt import models
 from fxopt.capture import Captured, capture, capture_report, structural_copy
 from fxopt.errors import CaptureError, UsageError
 from fxopt.inputs import example_inputs
-from tests.builtin import EACH, TINY, built_in, fingerprint
+from tests.builtin import TINY, built_in, each, fingerprint
 
 
 def run(module, inputs):
@@ -38,7 +38,7 @@ def targets(gm):
     return Counter(str(n.target) for g in graphs for n in g.graph.nodes if n.op.startswith("call"))
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(*TINY))
 def test_a_built_in_model_is_captured_whole(name):
     model, before, gm = built_in(name)
     assert fingerprint(model) == before

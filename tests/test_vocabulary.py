@@ -14,7 +14,7 @@ from fxopt import ops, vocabulary
 from fxopt.ops import VOCABULARY, Attr, Op
 from fxopt.sparse import BlockSparseLinear, SemiStructuredLinear, SparseConv2d, SparseLinear
 from fxopt.text import show
-from tests.builtin import EACH, built_in
+from tests.builtin import TINY, built_in, each
 from tests.rewriting import trace
 
 OPS = {name: o for name, o in vars(vocabulary).items() if isinstance(o, Op)}
@@ -420,7 +420,7 @@ def test_every_operation_has_an_example():
     assert set(OPS) == set(EXAMPLES)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(*TINY))
 def test_captures_of_the_built_in_models_are_in_the_vocabulary(name):
     gm = built_in(name).gm
     calls = ("call_function", "call_method", "call_module")
