@@ -14,10 +14,10 @@ run: .venv/.stamp
 	$(BIN)/fxopt optimize bert-base
 
 test: lint
-	FXOPT_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	FXOPT_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-all: lint
-	FXOPT_EXAMPLES=$(ALL_EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=term-missing
+	FXOPT_EXAMPLES=$(ALL_EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --cov --cov-report=term-missing
 
 lint: .venv/.stamp
 	$(BIN)/ruff check
