@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 WORKERS ?= 2
 # Examples that Hypothesis draws for each property test.
-EXAMPLES ?= 100
+EXAMPLES ?= 50
 ALL_EXAMPLES ?= 1000
 # The native kernels, built by the editable install where there is a C++ compiler.
 NATIVE := $(wildcard fxopt/kernels/native/*.c fxopt/kernels/native/*.cpp fxopt/kernels/native/*.h fxopt/kernels/native/*.inc)
@@ -14,10 +14,10 @@ run: .venv/.stamp
 	$(BIN)/fxopt optimize bert-base
 
 test: lint
-	FXOPT_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	FXOPT_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-all: lint
-	FXOPT_EXAMPLES=$(ALL_EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=term-missing
+	FXOPT_EXAMPLES=$(ALL_EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --cov --cov-report=term-missing
 
 lint: .venv/.stamp
 	$(BIN)/ruff check

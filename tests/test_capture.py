@@ -14,8 +14,7 @@ from fxopt import models
 from fxopt.capture import Captured, capture, capture_report, structural_copy
 from fxopt.errors import CaptureError, UsageError
 from fxopt.inputs import example_inputs
-
-TINY = [name for name in models.names() if name.endswith("-tiny") and name != "whisper-tiny"]
+from tests.builtin import TINY, built_in, each, fingerprint
 
 
 def run(module, inputs):
@@ -39,19 +38,9 @@ def targets(gm):
     return Counter(str(n.target) for g in graphs for n in g.graph.nodes if n.op.startswith("call"))
 
 
-def fingerprint(model):
-    """What a capture must leave as it is: flags, tensors and their versions, hooks, the config."""
-    config = model.config.to_dict() if hasattr(model, "config") else None
-    modules = [(path, id(m), m.training, sorted(vars(m)), len(m._forward_hooks)) for path, m in model.named_modules()]
-    tensors = [(k, id(v), v._version, v.requires_grad) for k, v in model.state_dict(keep_vars=True).items()]
-    return modules, tensors, config
-
-
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", each(*TINY))
 def test_a_built_in_model_is_captured_whole(name):
-    model = models.build(name)
-    before = fingerprint(model)
-    gm = capture(model, example_inputs(model, 1, 10))
+    model, before, gm = built_in(name)
     assert fingerprint(model) == before
 
     report = capture_report(gm)

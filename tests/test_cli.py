@@ -180,6 +180,7 @@ def test_bisect_by_script(fxopt_, tmp_path, mine):
                             "! grep -A3 '\"approximate\"' $FXOPT_GRAPH/graph.json | grep -q tanh")  # fmt: skip
     assert code == 0, (out, err)
     assert json.loads(table.read_text())["transformation"] == "WrongGELU(which=2)"
+    arguments = ("bisect", "mlp-tiny", "--passes", "EliminateDropout")
     code, _, err = fxopt_(*arguments, "--script", "exit 130")
     assert code == 2 and "the script ended with exit code 130" in err
     code, _, err = fxopt_(*arguments, "--script", "no-such-command")

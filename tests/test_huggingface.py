@@ -16,6 +16,9 @@ from fxopt.huggingface import dynamo_backend, optimize
 from fxopt.inputs import example_inputs
 from fxopt.reuse import reused, reusing
 
+# One worker, so that no model is captured by both.
+pytestmark = pytest.mark.xdist_group("huggingface")
+
 GENERATIVE = (
     "gpt2-tiny",
     "opt-125m-tiny",
@@ -52,7 +55,13 @@ def prompt(model, batch_size, length):
     return {name: value.flip(1) for name, value in inputs.items()}
 
 
-@pytest.mark.parametrize("name", GENERATIVE)
+# OPT is built as GPT-2 is, and Qwen3 as Llama.
+LIKE_OTHERS = ("opt-125m-tiny", "qwen3-small-tiny")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in GENERATIVE]
+)
 def test_generate_gives_the_same_tokens_without_falling_back(name, optimized):
     model, result = optimized(name)
     assert type(result) is type(model)

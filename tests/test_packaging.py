@@ -14,6 +14,9 @@ import pytest
 
 import fxopt
 
+# One worker, so that the distributions are built once.
+pytestmark = pytest.mark.xdist_group("packaging")
+
 ROOT = Path(__file__).parent.parent
 NATIVE = {".c", ".cpp", ".h", ".inc"}  # the sources of the native kernels
 SOURCES = {"fxopt": ROOT / "fxopt", "transformations": ROOT / "transformations"}
@@ -45,17 +48,33 @@ def declared() -> configparser.ConfigParser:
     return config
 
 
+def quick_compilers(folder: Path) -> dict[str, str]:
+    """
+    The compilers, told not to optimise: it takes three times as long, and no test here runs a kernel.
+
+    That the kernels build as they are shipped is seen where the package is installed to be tested.
+    """
+    found = {}
+    for variable, usual in (("CC", "cc"), ("CXX", "c++")):
+        script = folder / usual
+        script.write_text(f'#!/bin/sh\nexec {os.environ.get(variable, usual)} "$@" -O0\n')  # the last -O counts
+        script.chmod(0o755)
+        found[variable] = str(script)
+    return found
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory) -> tuple[Path, Path]:
     """The sdist, and the wheel that was built from that sdist rather than from the tree."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    compilers = quick_compilers(tmp_path_factory.mktemp("compilers"))
     # `git archive` would miss files not yet committed; git decides here only what is ignored.
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     for name in listed:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).exists():
             shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=source)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=source, **compilers)
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel
 

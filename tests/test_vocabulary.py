@@ -10,12 +10,11 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxopt import models, ops, vocabulary
-from fxopt.capture import capture
-from fxopt.inputs import example_inputs
+from fxopt import ops, vocabulary
 from fxopt.ops import VOCABULARY, Attr, Op
 from fxopt.sparse import BlockSparseLinear, SemiStructuredLinear, SparseConv2d, SparseLinear
 from fxopt.text import show
+from tests.builtin import TINY, built_in, each
 from tests.rewriting import trace
 
 OPS = {name: o for name, o in vars(vocabulary).items() if isinstance(o, Op)}
@@ -421,13 +420,9 @@ def test_every_operation_has_an_example():
     assert set(OPS) == set(EXAMPLES)
 
 
-TINY = [n for n in models.names() if n.endswith(models.TINY)]
-
-
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", each(*TINY))
 def test_captures_of_the_built_in_models_are_in_the_vocabulary(name):
-    model = models.build(name)
-    gm = capture(model, example_inputs(model))
+    gm = built_in(name).gm
     calls = ("call_function", "call_method", "call_module")
     nodes = [n for n in gm.graph.nodes if n.op in calls and n.target != "_guards_fn"]
     unknown = {str(n.target): ops.unread(gm, n) for n in nodes if ops.read(gm, n) is None}

@@ -1,8 +1,7 @@
 """What a bisection says and does beside finding one wrong rewrite."""
 
 import json
-import subprocess
-import sys
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -13,11 +12,11 @@ from fxopt import frontend
 from fxopt.delta import share
 from fxopt.errors import UsageError
 from fxopt.models import build
-from fxopt.repro import run
 from fxopt.transformation import Transformation
 from fxopt.transformations import EliminateDropout
 from fxopt.verify import verify
 from tests.bisect import captures
+from tests.bisect.fresh import rerun
 from tests.bisect.planted import Harmless, Plant, calls, put, swap
 from tests.bisect.wrong import (
     Abs,
@@ -174,19 +173,14 @@ def test_the_result_is_shown_and_read(tmp_path):
     assert not list(folder.glob("*.pt")) and not list(folder.glob("*.pkl"))
     assert {p.suffix for p in folder.iterdir()} == {".py", ".json", ".safetensors", ".html"}
     assert json.loads((folder / "repro.json").read_text())["rewrite"]["id"] == found.rewrite.id
-    done = subprocess.run(
-        [sys.executable, "repro/repro.py"],
-        cwd=tmp_path / "a",
-        env={"PYTHONPATH": str(captures.__file__).rpartition("/tests/")[0], "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "the failure shows again", done.stderr
-    (folder / "after.json").write_text((folder / "before.json").read_text())  # mended
-    (folder / "after.safetensors").write_bytes((folder / "before.safetensors").read_bytes())
-    assert run(folder).returncode == 0
-    (folder / "inputs.json").unlink()
-    assert run(folder).returncode == 2
+    for name in ("mended", "lacking"):
+        shutil.copytree(folder, folder.parent / name)
+    for suffix in ("json", "safetensors"):
+        shutil.copyfile(folder / f"before.{suffix}", folder.parent / "mended" / f"after.{suffix}")
+    (folder.parent / "lacking" / "inputs.json").unlink()
+    shown, mended, lacking = rerun("repro", "mended", "lacking", cwd=folder.parent)
+    assert shown[0] == 1 and shown[1][-1] == "the failure shows again", shown
+    assert mended[0] == 0 and lacking[0] == 2, (mended, lacking)
 
 
 def test_the_limits_lead_to_the_last_good_and_the_first_bad():

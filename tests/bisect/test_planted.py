@@ -1,10 +1,6 @@
 """Bugs of the kinds that compilers have: each is named exactly, and each reproducer fails again."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +8,11 @@ import torch
 import fxopt
 from fxopt.delta import share
 from fxopt.transformations import EliminateDeadNodes, EliminateDropout
+from tests.bisect.fresh import rerun
 from tests.bisect.planted import BUGS, Harmless, Plant
 
-ROOT = Path(__file__).parents[2]
+# One worker makes all reproducers, and runs them.
+pytestmark = pytest.mark.xdist_group("planted")
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +32,10 @@ def pipeline(bug, name):
     ]
 
 
-FAST = (  # the others take minutes together
-    "tanh for erf",
+FAST = (  # the others take minutes together; the README and `test_cli` have "tanh for erf", `test_bisect` what raises
     "mask lost, for a padded batch only",
     "crash for other sizes only",
-    "raises in the pass",
-    "split off by one",
+    "split of other sizes",
     "stale buffer",
     "folded without the variance",
     "dead write removed",
@@ -89,30 +85,10 @@ def _rewrites(gm, steps):
 
 
 def test_every_reproducer_fails_again(folders):
-    """In one fresh process, each in its own folder: most of the time it takes is for importing torch."""
     made = {name: folder for name, folder in folders.items() if folder.exists()}
     assert made, "run the tests that make the reproducers too"
-    runner = (
-        "import json, runpy, sys\n"
-        "codes = {}\n"
-        "for folder in sys.argv[1:]:\n"
-        "    sys.path.insert(0, folder)\n"
-        "    try:\n"
-        "        runpy.run_path(folder + '/repro.py', run_name='__main__')\n"
-        "    except SystemExit as stop:\n"
-        "        codes[folder] = stop.code\n"
-        "    sys.path.remove(folder)\n"
-        "print(json.dumps(codes))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", runner, *map(str, made.values())],
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])
-    assert {name: codes[str(folder)] for name, folder in made.items()} == dict.fromkeys(made, 1), done.stderr
+    codes = {name: code for name, (code, _) in zip(made, rerun(*made.values()), strict=True)}
+    assert codes == dict.fromkeys(made, 1)
 
 
 def test_there_are_enough_of_them():

@@ -1,5 +1,7 @@
 """Two-layer models from configs with random weights, with the attention written out: softmax between two products."""
 
+import functools
+
 import torch
 import transformers
 from transformers import (
@@ -16,6 +18,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+from fxopt.capture import capture
+from fxopt.transformation import clone
 
 _WRITTEN_OUT = {"attn_implementation": "eager"}
 _SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -54,6 +59,19 @@ def t5():
 def vit():
     config = ViTConfig(image_size=16, patch_size=8, **_SMALL, **_WRITTEN_OUT)
     return ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+@functools.cache
+def _captured(make):
+    torch.manual_seed(0)
+    model, inputs = make()
+    return capture(model.eval(), inputs), inputs
+
+
+def captured(make):
+    """A fresh copy of the graph module of the model that ``make`` makes, and inputs for it."""
+    gm, inputs = _captured(make)
+    return clone(gm), inputs
 
 
 transformers.logging.set_verbosity_error()

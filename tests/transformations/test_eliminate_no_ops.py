@@ -5,13 +5,13 @@ from hypothesis import given
 from torch import nn
 from torch.fx import symbolic_trace
 
-from fxopt import models
-from fxopt.capture import capture
 from fxopt.history import history
 from fxopt.inputs import example_inputs
 from fxopt.text import show
+from fxopt.transformation import clone
 from fxopt.transformations.eliminate_dead_nodes import EliminateDeadNodes
 from fxopt.transformations.eliminate_no_ops import EliminateNoOps
+from tests.builtin import built_in, each
 from tests.rewriting import rewrites, trace, unchanged
 
 X = (torch.tensor([[1.5, -0.0, 1e-38], [0.0, 2e30, -3.25]]),)
@@ -241,11 +241,10 @@ def test_export_s_checks_go_when_asked():
 
 # What counting by hand in the captures of two layers gives: same-dtype casts of float32 norms, whole slices, copies of
 # constants with their detach_, contiguous before a reshape that follows, and one assert for each cast.
-@pytest.mark.parametrize("name", ["bert-base-tiny", "gpt2-tiny", "t5-small-tiny"])
+@pytest.mark.parametrize("name", each("bert-base-tiny", "gpt2-tiny", "t5-small-tiny"))
 def test_models_lose_their_no_ops_and_compute_the_same(name):
-    model = models.build(name)
-    inputs = example_inputs(model)
-    gm = capture(model, inputs)
+    model, _, gm = built_in(name)
+    gm, inputs = clone(gm), example_inputs(model)
     code = gm.code
     asserts = sum("_assert_tensor_metadata" in str(n.target) for n in gm.graph.nodes)
     expected, before = gm(**inputs), len(gm.graph.nodes)

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from torch import nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from fxopt.capture import capture
 from fxopt.errors import Conflict
 from fxopt.history import history
 from fxopt.transformations.fold_attention_scale import FoldAttentionScale
@@ -244,9 +243,7 @@ def whisper():
     ("make", "count"), [(eager.bert, 2), (eager.llama, 2), (eager.vit, 2), (eager.gpt2, 0), (eager.t5, 0), (whisper, 6)]
 )
 def test_in_models(make, count):
-    torch.manual_seed(0)
-    model, inputs = make()
-    gm = capture(model.eval(), inputs)
+    gm, inputs = eager.captured(make)
     code = gm.code
     with torch.no_grad():
         expected = gm(**inputs)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from fxopt.capture import capture
 from fxopt.history import history
 from fxopt.shapes import propagate
 from fxopt.transformations.fuse_attention import FuseAttention
@@ -216,9 +215,7 @@ def test_the_same_as_eager_in_any_shape(batch, heads, rows, columns, size, seed)
     [(eager.bert, 2), (eager.gpt2, 2), (eager.llama, 2), (eager.qwen3, 2), (eager.t5, 6), (eager.vit, 2)],
 )
 def test_in_models(make, count):
-    torch.manual_seed(0)
-    model, given = make()
-    gm = capture(model.eval(), given)
+    gm, given = eager.captured(make)
     code = gm.code
     with torch.no_grad():
         expected = gm(**given)
