@@ -32,9 +32,7 @@ def test_the_outputs_that_are_kept_are_clean(name):
     assert "site-packages" not in str(outputs)
 
 
-# Left to `make test-all`. What the first shows, `test_real_model` asks of the same model; for the third there are
-# `tests/bisect`, `test_jupyter` and the README's example of a bisection.
-LONG = (NOTEBOOKS[0], NOTEBOOKS[2], *NOTEBOOKS[4:])
+LONG = NOTEBOOKS[4:]  # `make test` runs the first four
 
 
 @pytest.mark.parametrize(
