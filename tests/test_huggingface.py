@@ -117,7 +117,8 @@ def test_missing_masks_attend_to_everything(optimized):
         )
     assert torch.allclose(expected.logits, actual.logits, atol=1e-5)
     assert torch.allclose(more[0].logits, more[1].logits, atol=1e-5)
-    assert result.fxopt.calls == {"forward": 1, "decode": 1} or result.fxopt.fallbacks
+    assert result.fxopt.calls == {"forward": 1}
+    assert result.fxopt.fallbacks == {"GPT2LMHeadModel: decode: it needs position_ids": 1}
 
 
 def test_a_given_cache_is_written_into(optimized):
