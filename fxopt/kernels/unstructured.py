@@ -117,17 +117,18 @@ def sparse_linear_backward(
     inputs, outputs, rows = column_start.shape[0] - 1, row_start.shape[0] - 1, x.shape[:-1].numel()
     if not _fits(x, values, None, outputs, row_start, column, column_start, row, place):
         _check("sparse_linear_backward", x, values, None, row_start, column, column_start, row, place)
-    x2, g2 = x.reshape(rows, inputs).contiguous(), gradient.reshape(rows, outputs).contiguous()
     run = _run_linear_backward if rows and inputs and outputs and _is_native(x, gradient) else None
     dx, dw, db = gradients_like(x, values, outputs, wanted)
     if run is None:
+        x2, g2 = x.reshape(rows, inputs), gradient.reshape(rows, outputs)
         if wanted[0]:
             dx = (g2 @ dense(values, row_start, column, inputs)).view(x.shape)
         if wanted[1]:
             dw = (g2.t() @ x2)[rows_of(row_start), column.long()]
         return dx, dw, g2.sum(0) if wanted[2] else db
-    held = (x2, g2, column_start, row, place, values.contiguous(), dx, dw, db)
-    run(*map(native.address, held), rows, inputs, outputs, _bits(wanted), *_context(rows * values.numel()))
+    held = (x.contiguous(), gradient.contiguous(), column_start, row, place, values.contiguous(), dx, dw, db)
+    context = _context(rows * values.shape[0])
+    run(*[t.data_ptr() for t in held], rows, inputs, outputs, _bits(wanted), *context)
     return dx, dw, db
 
 
@@ -326,7 +327,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _bits(wanted: Sequence[bool]) -> int:
-    return sum(bit for bit, want in zip((_INPUT, _VALUES, _BIAS), wanted, strict=True) if want)
+    return wanted[0] * _INPUT + wanted[1] * _VALUES + wanted[2] * _BIAS
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
@@ -351,9 +352,9 @@ def _register(forward: Any, like: Any, backward: Any, backward_like: Any, refere
     def gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, values, *pattern = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        found = gradients_of(gradient, x, values, *pattern, *ctx.window, wanted)
-        rest = (None,) * (len(pattern) + len(ctx.window))
-        return (*(g if want else None for g, want in zip(found, wanted, strict=True)), *rest)
+        dx, dw, db = gradients_of(gradient, x, values, *pattern, *ctx.window, wanted)
+        found = dx if wanted[0] else None, dw if wanted[1] else None, db if wanted[2] else None
+        return (*found, *(None,) * (len(pattern) + len(ctx.window)))
 
     def keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         gradient, x, values, *rest = inputs

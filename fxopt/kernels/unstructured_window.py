@@ -135,6 +135,6 @@ def check_options(
 
 def gradients_like(x: Tensor, values: Tensor, outputs: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients by x, values and bias (outputs,); empty where not `wanted`."""
-    dx = x.new_empty(x.shape if wanted[0] else (0,))
-    dw = values.new_empty(values.shape if wanted[1] else (0,))
-    return dx, dw, values.new_empty((outputs,) if wanted[2] else (0,))
+    dx = x.new_empty(*x.shape) if wanted[0] else x.new_empty(0)
+    dw = values.new_empty(values.shape[0] if wanted[1] else 0)
+    return dx, dw, values.new_empty(outputs if wanted[2] else 0)
