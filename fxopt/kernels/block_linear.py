@@ -144,7 +144,8 @@ def _block_linear(
     if (ready := _as_it_is(x, data, bias, crow, col, index, features, transposed)) is not None:
         return ready
     if x.dtype != data.dtype or (bias is not None and bias.dtype != data.dtype):
-        raise ValueError(f"the input is {x.dtype}, the blocks are {data.dtype}; give the same type")
+        of_bias = "" if bias is None else f", the bias is {bias.dtype}"
+        raise ValueError(f"the input is {x.dtype}, the blocks are {data.dtype}{of_bias}; give the same type")
     blocks = _Blocks(data, crow, col, index, transposed)
     _check(x, features, blocks, bias)
     if x.numel() == 0 or features == 0 or data.shape[0] == 0:
@@ -170,7 +171,9 @@ def _as_it_is(
     """
     if _product is None or x.dtype is not _FLOAT or data.dtype is not _FLOAT or not (x.is_cpu and data.is_cpu):
         return None
-    if not (x.is_contiguous() and data.is_contiguous()) or len(data.shape) != 3 or not x.shape:
+    if x.layout is not torch.strided or not (x.is_contiguous() and data.is_contiguous()):
+        return None
+    if len(data.shape) != 3 or not x.shape or not _are_indices(crow, col, index):
         return None
     nnz, bo, bi = data.shape
     rows = crow.shape[0] - 1
@@ -181,7 +184,7 @@ def _as_it_is(
         outer, inner = bo, bi
     if x.shape[-1] != columns * inner or features != rows * outer or bo % LANES or bi % LANES:
         return None
-    if not _are_indices(crow, col, index) or col.shape[0] != nnz:
+    if col.shape[0] != nnz:
         return None
     shape = x.shape
     tokens = shape[0] if len(shape) == 2 else shape[:-1].numel()
@@ -330,7 +333,9 @@ def _gradient_as_it_is(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Te
     """The gradient of what the native kernel takes without a copy, else None, as `_as_it_is`."""
     if _gradient is None or not (g.dtype is x.dtype is data.dtype is _FLOAT) or not (g.is_cpu and x.is_cpu):
         return None
-    if not (g.is_contiguous() and x.is_contiguous()) or len(data.shape) != 3 or not (g.shape and x.shape):
+    if not (x.layout is g.layout is torch.strided and g.is_contiguous() and x.is_contiguous()):
+        return None
+    if len(data.shape) != 3 or not (g.shape and x.shape) or not _are_indices(crow, col, index):
         return None
     nnz, bo, bi = data.shape
     rows, columns = crow.shape[0] - 1, index.shape[0] - 3 * nnz - 1
@@ -342,7 +347,7 @@ def _gradient_as_it_is(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Te
         or bi % LANES
     ):
         return None
-    if not _are_indices(crow, col, index) or col.shape[0] != nnz or not data.is_cpu:
+    if col.shape[0] != nnz or not data.is_cpu:
         return None
     tokens = g.numel() // max(1, g.shape[-1])
     if not (nnz and tokens):

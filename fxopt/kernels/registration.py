@@ -15,7 +15,7 @@ AOTAutograd differentiates, it sees the reference's operators, which the compile
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,18 +29,29 @@ from torch.nn import Parameter
 _library = torch.library.Library("fxopt", "FRAGMENT")
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
+_PLAIN = 0
+for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView"):
+    _PLAIN |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+
+
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """
-    Whether a call with these is seen by the kernel and by autograd alone: nobody traces, transforms or casts it.
+    Whether a call with these is seen by the kernel and by autograd alone: nobody traces, transforms or casts it, and
+    they are what they say. The first three hold numbers, the others indices.
 
     Then the dispatcher can be passed by, which costs 10 µs, and some 70 when what it touches is not in the caches: as
     it is right after a large product.
     """
+    if torch.compiler.is_compiling():  # first: what follows is not for Dynamo to trace
+        return False
     for tensor in tensors:
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter and tensor is not None:
             return False
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    for tensor in tensors[:3]:  # what is negated lazily, all zeros, batched or sparse is a plain Tensor by its type
+        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() & ~_PLAIN:
+            return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     if torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None:
         return False
@@ -135,36 +146,34 @@ def differentiate(
     tensors = tuple(i for i, a in enumerate(overload._schema.arguments) if "Tensor" in str(a.type))
     recorded = make_autograd_impl(overload, Info(backward, keep))
 
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            result = kernel(*arguments)
-            keep(ctx, arguments, result)
-            return result
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        result = kernel(*arguments)
+        if isinstance(result, Tensor) and result._is_view():  # of what nobody has: else it could not be written to
+            result = result.detach()
+        keep(ctx, arguments, result)
+        return result
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return backward(ctx, *gradients)
-
-    Recorded.__name__ = Recorded.__qualname__ = f"fxopt_{overload._schema.name.rpartition('::')[2]}"
+    # Named before it is made: its node in the graph of autograd, and so errors and profiles, has the name of then.
+    plain = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    Recorded: Any = type(f"fxopt_{overload._schema.name.rpartition('::')[2]}", (torch.autograd.Function,), plain)
 
     def eager(arguments: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled():
             for i in tensors:
                 argument = arguments[i] if i < len(arguments) else None  # defaults at the end are left out
                 if argument is not None and argument.requires_grad:
-                    return Recorded.apply(*arguments)  # type: ignore[no-untyped-call]
+                    return Recorded.apply(*arguments)
         return kernel(*arguments)
 
     def with_autograd(keyset: Any, *arguments: Any) -> Any:
         if reference is not None and (forward_ad._current_level >= 0 or peek_interpreter_stack() is not None):
             return reference(*arguments)
-        if is_plain(*[arguments[i] for i in tensors if i < len(arguments)]):
+        if is_plain([arguments[i] for i in tensors if i < len(arguments)]):
             return eager(arguments)
         return recorded(keyset, *arguments)
 
     def call(*arguments: Any) -> Any:
-        if is_plain(*[arguments[i] for i in tensors if i < len(arguments)]):
+        if is_plain([arguments[i] for i in tensors if i < len(arguments)]):
             return eager(arguments)
         return overload(*arguments)
 

@@ -15,7 +15,7 @@ dense weight: right, and no faster. Other dtypes are refused; under autocast it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +39,10 @@ _ALONE = 100_000
 # --- linear ----------------------------------------------------------------------------------------------------------
 
 _P, _L, _I = native.POINTER, native.INT64, native.INT
-_run_linear = native.function("fxopt_sparse_linear", [_P] * 6 + [_L] * 3 + [_I] * 2)
-_run_linear_backward = native.function("fxopt_sparse_linear_backward", [_P] * 9 + [_L] * 3 + [_I] * 3)
-_run_conv2d = native.function("fxopt_sparse_conv2d", [_P] * 7 + [_I] * 2)
-_run_conv2d_backward = native.function("fxopt_sparse_conv2d_backward", [_P] * 10 + [_I] * 3)
+_run_linear = native.function("fxopt_sparse_linear", [_P] * 6 + [_L] * 4 + [_I] * 2, returns=_I)
+_run_linear_backward = native.function("fxopt_sparse_linear_backward", [_P] * 9 + [_L] * 4 + [_I] * 3, returns=_I)
+_run_conv2d = native.function("fxopt_sparse_conv2d", [_P] * 7 + [_L] + [_I] * 2, returns=_I)
+_run_conv2d_backward = native.function("fxopt_sparse_conv2d_backward", [_P] * 10 + [_L] + [_I] * 3, returns=_I)
 
 
 def sparse_linear(
@@ -60,12 +60,12 @@ def sparse_linear(
 
     Raises `UsageError` for other dtypes and for shapes that do not fit.
     """
-    inputs, outputs, shape = column_start.shape[0] - 1, row_start.shape[0] - 1, x.shape
+    inputs, outputs, shape = column_start.numel() - 1, row_start.numel() - 1, x.shape
     if (
         _run_linear is not None
         and shape
         and shape[-1] == inputs
-        and outputs
+        and outputs > 0
         and _fits(x, values, bias, outputs, row_start, column, column_start, row, place)
     ):
         tokens = shape[0] if len(shape) == 2 else shape[:-1].numel()
@@ -73,8 +73,10 @@ def sparse_linear(
             y = torch.empty(*shape[:-1], outputs, dtype=_FLOAT)
             weight = row_start.data_ptr(), column.data_ptr(), values.data_ptr()
             at_bias = None if bias is None else bias.data_ptr()
-            sizes = tokens, inputs, outputs
-            _run_linear(x.data_ptr(), *weight, at_bias, y.data_ptr(), *sizes, *_context(tokens * values.shape[0]))
+            count = values.shape[0]
+            sizes = count, tokens, inputs, outputs
+            if _run_linear(x.data_ptr(), *weight, at_bias, y.data_ptr(), *sizes, *_context(tokens * count)):
+                _refuse("sparse_linear", count)
             return y
     _check("sparse_linear", x, values, bias, row_start, column, column_start, row, place)
     if x.dim() == 0 or x.shape[-1] != inputs:
@@ -82,10 +84,13 @@ def sparse_linear(
     rows = x.shape[:-1].numel()
     run = _run_linear if rows and inputs and outputs and _is_native(x) else None
     if run is None:
+        _check_rows("sparse_linear", row_start, values)
         return F.linear(x, dense(values, row_start, column, inputs), bias)
     y = x.new_empty(rows, outputs)
     held = (x.contiguous(), row_start, column, values.contiguous(), _contiguous(bias), y)
-    run(*map(native.address, held), rows, inputs, outputs, *_context(rows * values.numel()))
+    sizes = values.numel(), rows, inputs, outputs
+    if run(*map(native.address, held), *sizes, *_context(rows * values.numel())):
+        _refuse("sparse_linear", values.numel())
     return y.view(*x.shape[:-1], outputs)
 
 
@@ -114,9 +119,12 @@ def sparse_linear_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `sparse_linear` by x, values and bias, from that by its result; empty where not `wanted`."""
-    inputs, outputs, rows = column_start.shape[0] - 1, row_start.shape[0] - 1, x.shape[:-1].numel()
+    inputs, outputs, rows = column_start.numel() - 1, row_start.numel() - 1, x.shape[:-1].numel()
     if not _fits(x, values, None, outputs, row_start, column, column_start, row, place):
         _check("sparse_linear_backward", x, values, None, row_start, column, column_start, row, place)
+    if x.shape[-1:] != (inputs,) or gradient.shape != (*x.shape[:-1], outputs):
+        shapes = f"an input of shape {tuple(x.shape)} and a gradient of {tuple(gradient.shape)}"
+        raise UsageError(f"sparse_linear_backward was given {shapes}; expected (..., {inputs}) and (..., {outputs})")
     run = _run_linear_backward if rows and inputs and outputs and _is_native(x, gradient) else None
     dx, dw, db = gradients_like(x, values, outputs, wanted)
     if run is None:
@@ -127,8 +135,10 @@ def sparse_linear_backward(
             dw = (g2.t() @ x2)[rows_of(row_start), column.long()]
         return dx, dw, g2.sum(0) if wanted[2] else db
     held = (x.contiguous(), gradient.contiguous(), column_start, row, place, values.contiguous(), dx, dw, db)
-    context = _context(rows * values.shape[0])
-    run(*[t.data_ptr() for t in held], rows, inputs, outputs, _bits(wanted), *context)
+    count = values.shape[0]
+    sizes = count, rows, inputs, outputs, _bits(wanted)
+    if run(*[t.data_ptr() for t in held], *sizes, *_context(rows * count)):
+        _refuse("sparse_linear_backward", count)
     return dx, dw, db
 
 
@@ -167,14 +177,17 @@ def sparse_conv2d(
     images = x.reshape(x.shape[:-3].numel(), *x.shape[-3:]).contiguous()
     run = _run_conv2d if window.fits() and _is_native(x) else None
     if run is None:
+        _check_rows("sparse_conv2d", row_start, values)
         weight = window.weight(values, row_start, column, groups)
         y = F.conv2d(window.pad(images), weight, bias, stride, 0, dilation, groups)
         return y.contiguous().view(window.result(x))
-    y = x.new_empty(images.shape[0], window.outputs, *window.out)
+    y = x.new_empty(*window.result(x))
     held = (images, row_start, column, values.contiguous(), _contiguous(bias), y)
     if y.numel():
-        run(*map(native.address, held), window.shape(images.shape[0]), *_context(_products(y, values)))
-    return y.view(window.result(x))
+        context = _context(y.numel() // window.outputs * values.numel())
+        if run(*map(native.address, held), window.shape(images.shape[0]), values.numel(), *context):
+            _refuse("sparse_conv2d", values.numel())
+    return y
 
 
 def _conv2d_reference(
@@ -246,8 +259,9 @@ def sparse_conv2d_backward(
     if not g.numel():
         return dx.zero_(), dw.zero_(), db.zero_()
     held = (images, g, column_start, row, place, values.contiguous(), dx, dw, db)
-    context = _context(_products(g, values))
-    run(*map(native.address, held), window.shape(images.shape[0]), _bits(wanted), *context)
+    sizes = window.shape(images.shape[0]), values.numel(), _bits(wanted)
+    if run(*map(native.address, held), *sizes, *_context(g.numel() // window.outputs * values.numel())):
+        _refuse("sparse_conv2d_backward", values.numel())
     return dx, dw, db
 
 
@@ -275,18 +289,20 @@ def _check(name: str, x: Tensor, values: Tensor, bias: Tensor | None, *pattern: 
         )
     shape = values.shape
     if shape != column.shape or shape != row.shape or shape != place.shape:
-        expected = tuple(column.shape)
-        raise UsageError(f"{name} was given values of shape {tuple(shape)}; expected {expected}, as in the pattern")
+        given = f"values of shape {tuple(shape)}, column {tuple(column.shape)}, row {tuple(row.shape)}"
+        raise UsageError(f"{name} was given {given}, place {tuple(place.shape)}; expected one shape, as in the pattern")
     if bias is not None and (bias.dim() != 1 or bias.numel() != row_start.numel() - 1):
         expected = (row_start.numel() - 1,)
         raise UsageError(f"{name} was given a bias of shape {tuple(bias.shape)}; expected {expected}, one for each row")
     for index in pattern:
-        if index.dtype != torch.int32 or index.device != device or not index.is_contiguous():
-            laid = "" if index.is_contiguous() else ", with gaps"
+        if index.dtype != torch.int32 or index.device != device or not index.is_contiguous() or index.dim() != 1:
+            laid = ("" if index.dim() == 1 else f", {index.dim()}-d") + ("" if index.is_contiguous() else ", with gaps")
             raise UsageError(
                 f"{name} was given a pattern of {index.dtype} on {index.device}{laid}; "
                 f"expected contiguous int32 on {device}: make the layer anew, or load its state again"
             )
+    if min(pattern[0].numel(), pattern[2].numel()) == 0:
+        raise UsageError(f"{name} was given a pattern without a first row or column; make the layer anew")
 
 
 def _fits(x: Tensor, values: Tensor, bias: Tensor | None, outputs: int, *pattern: Tensor) -> bool:
@@ -296,14 +312,14 @@ def _fits(x: Tensor, values: Tensor, bias: Tensor | None, outputs: int, *pattern
     """
     if x.dtype is not _FLOAT or values.dtype is not _FLOAT or not (x.is_cpu and values.is_cpu):
         return False
-    if not (x.is_contiguous() and values.is_contiguous()):
+    if x.layout is not torch.strided or not (x.is_contiguous() and values.is_contiguous()) or len(values.shape) != 1:
         return False
     if bias is not None and (
         bias.dtype is not _FLOAT or not bias.is_cpu or not bias.is_contiguous() or bias.shape != (outputs,)
     ):
         return False
     for index in pattern:
-        if index.dtype is not _INT32 or not index.is_cpu or not index.is_contiguous():
+        if index.dtype is not _INT32 or not index.is_cpu or not index.is_contiguous() or len(index.shape) != 1:
             return False
     _, column, _, row, place = pattern
     return values.shape == column.shape == row.shape == place.shape
@@ -311,15 +327,24 @@ def _fits(x: Tensor, values: Tensor, bias: Tensor | None, outputs: int, *pattern
 
 def _is_native(*tensors: Tensor) -> bool:
     """Whether these are for the C functions; else torch has to do."""
-    return all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
+    return all(t.dtype == torch.float32 and t.is_cpu and t.layout is torch.strided for t in tensors)
 
 
 def _context(products: int) -> tuple[int, int]:
     return native.number_of_isa(), torch.get_num_threads() if products > _ALONE else 1
 
 
-def _products(y: Tensor, values: Tensor) -> int:
-    return y.numel() // max(y.shape[1], 1) * values.numel()
+def _check_rows(name: str, row_start: Tensor, values: Tensor) -> None:
+    """What the native kernels look at themselves; not on a GPU, which would have to be waited for."""
+    if row_start.is_cpu and int(row_start[-1]) != values.numel():
+        _refuse(name, values.numel())
+
+
+def _refuse(name: str, values: int) -> NoReturn:
+    raise UsageError(
+        f"{name} was given a pattern whose rows or columns do not end at its {values} values; "
+        "make the layer anew, or load its state again"
+    )
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

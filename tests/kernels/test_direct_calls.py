@@ -138,3 +138,73 @@ def test_replicas_hold_their_tensors_as_attributes(made):
         replica._buffers.pop(name, None)
         object.__setattr__(replica, name, held)
     assert torch.equal(replica(x), layer(x))
+
+
+def negated(x):
+    return torch._neg_view(x)
+
+
+def conjugated(x):
+    return torch.complex(torch.zeros_like(x), x).conj().imag  # negated lazily, with gaps
+
+
+def zeros(x):
+    return torch._efficientzerotensor(x.shape)
+
+
+@pytest.mark.parametrize("lazily", [negated, conjugated, zeros])
+def test_what_is_not_what_it_holds_is_resolved(made, lazily):
+    _, layer, _, x = made
+    lazy = lazily(x)
+    plain = torch.zeros_like(x) if lazily is zeros else -x
+    with torch.no_grad():
+        assert torch.equal(layer(lazy), layer(plain))
+    x.requires_grad_()
+    y = layer(x)
+    wanted = [x, *layer.parameters()]
+    g = torch.randn_like(y)
+    found = torch.autograd.grad(y, wanted, lazily(g), retain_graph=True)
+    expected = torch.autograd.grad(y, wanted, torch.zeros_like(g) if lazily is zeros else -g)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_gradients_at_once(made):
+    _, layer, _, x = made
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    many = torch.randn(3, *y.shape)
+    (found,) = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)
+    for one, g in zip(found, many, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(y, x, g, retain_graph=True)[0])
+    first = x.detach()[:1]
+    jacobians = [torch.autograd.functional.jacobian(layer, first, vectorize=v) for v in (True, False)]
+    torch.testing.assert_close(*jacobians)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_result_may_be_written_to(made, dtype):
+    _, layer, _, x = made
+    layer, x = layer.to(dtype), x.to(dtype)
+    expected = layer(x).relu()
+    for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        y = nn.Sequential(layer, nn.ReLU(inplace=True))(given)
+        torch.testing.assert_close(y, expected)
+        y.sum().backward()
+
+
+def test_its_node_is_named_after_the_operator(made):
+    name, layer, _, x = made
+    assert name in layer(x).grad_fn.name()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_inputs_of_other_layouts(layout):
+    torch.manual_seed(0)
+    layer = linear()[0]
+    x = torch.randn(4, 20)
+    with torch.no_grad():
+        y = layer(getattr(x, layout)())
+        torch.testing.assert_close(y if y.layout is torch.strided else y.to_dense(), layer(x))

@@ -342,6 +342,25 @@ def arguments(layer: nn.Module, x: Tensor) -> tuple[object, ...]:
     return (x, layer.values, layer.bias, *layer.pattern, *window)
 
 
+@pytest.mark.parametrize("make", [nn.Linear(8, 6, False), nn.Conv2d(8, 6, 1, bias=False)])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda start: start[:3].clone(), "do not end at its"),
+        (lambda start: torch.stack([start, start], 1), "2-d; expected contiguous int32"),
+        (lambda start: start[0], "0-d; expected contiguous int32"),
+        (lambda start: start[:0].clone(), "without a first row"),
+    ],
+)
+def test_rows_that_are_not_of_the_values_are_refused(isa, make, change, told):
+    """Without a bias nothing else tells how many rows there are; the backward would read beyond what it packed."""
+    sparse = (SparseLinear if isinstance(make, nn.Linear) else SparseConv2d).from_dense(make)
+    sparse._buffers["row_start"] = change(sparse.row_start)
+    x = torch.randn(2, 8) if isinstance(make, nn.Linear) else torch.randn(2, 8, 3, 3)
+    with pytest.raises(UsageError, match=told):
+        sparse(x)
+
+
 @pytest.mark.parametrize("which", range(2))
 def test_gradcheck(which):
     layer, x = _double(*small_layers()[which])
@@ -488,7 +507,7 @@ def test_tensors_that_do_not_go_together_are_refused(isa, which):
     with pytest.raises(UsageError, match="on cpu and meta; expected one device"):
         forward(x, values, bias.to("meta"), *given[3:])
     for wrong in (gradient[:1], gradient[..., :-1]):
-        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        with pytest.raises((UsageError, RuntimeError), match=r"a gradient of|is invalid for input of size"):
             backward(wrong, x, values, *given[3:], everything)
 
 

@@ -91,7 +91,7 @@ def multiplies_bfloat16() -> bool:
     return loaded is not None and ISAS.index(isa()) >= ISAS.index("avx512") and bool(loaded.fxopt_multiplies_bfloat16())
 
 
-def function(name: str, arguments: Sequence[Any], optional: bool = False) -> Any:
+def function(name: str, arguments: Sequence[Any], optional: bool = False, returns: Any = None) -> Any:
     """
     The C function ``name`` with ``arguments`` of the types above; None where there is no library, or where it is
     ``optional`` and the compiler did not know its instructions.
@@ -108,7 +108,7 @@ def function(name: str, arguments: Sequence[Any], optional: bool = False) -> Any
         if optional:
             return None
         raise FxoptError(f"the native library has no {name}: it is out of date; install fxopt again") from None
-    found.argtypes, found.restype = list(arguments), None
+    found.argtypes, found.restype = list(arguments), returns
     return found
 
 

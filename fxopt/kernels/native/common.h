@@ -39,7 +39,10 @@ enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
 // Scratch memory on a cache line's boundary, for one call or one thread of it.
 class Scratch {
   public:
-    explicit Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64)) {}
+    explicit Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64)) {
+        if (data_ == nullptr)
+            std::abort(); // as torch's own threads do; there is no way to raise from here
+    }
     ~Scratch() { std::free(data_); }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
@@ -50,8 +53,8 @@ class Scratch {
 };
 
 // Memory that a thread keeps between calls: large memory that is freed goes back to the system and comes again page by
-// page, which costs more than many a product. It is asked for in pages of 2 MB: what is read here and there in a panel has
-// more pages of 4 kB than the CPU remembers the addresses of.
+// page, which costs more than many a product. Large memory is asked for in pages of 2 MB: what is read here and there in a
+// panel has more pages of 4 kB than the CPU remembers the addresses of.
 class KeptMemory {
   public:
     KeptMemory() = default;
@@ -62,12 +65,14 @@ class KeptMemory {
     float *get(int64_t floats) {
         if (floats > size_) {
             std::free(data_);
-            const size_t bytes = (static_cast<size_t>(floats) * 4 + PAGE - 1) / PAGE * PAGE;
-            data_ = static_cast<float *>(std::aligned_alloc(PAGE, bytes));
+            const size_t asked = static_cast<size_t>(floats) * 4, page = asked < LARGE / 2 ? SMALL : LARGE;
+            const size_t bytes = (asked + page - 1) / page * page;
+            data_ = static_cast<float *>(std::aligned_alloc(page, bytes));
             if (data_ == nullptr)
-                std::abort(); // as torch's own threads do; there is no way to raise from here
+                std::abort();
 #if defined(MADV_HUGEPAGE)
-            madvise(data_, bytes, MADV_HUGEPAGE); // where the system has none, small ones do
+            if (page == LARGE)
+                madvise(data_, bytes, MADV_HUGEPAGE); // where the system has none, small ones do
 #endif
             size_ = static_cast<int64_t>(bytes / 4);
         }
@@ -75,7 +80,7 @@ class KeptMemory {
     }
 
   private:
-    static constexpr size_t PAGE = 2 << 20;
+    static constexpr size_t SMALL = 4096, LARGE = 2 << 20;
     float *data_ = nullptr;
     int64_t size_ = 0;
 };

@@ -12,6 +12,11 @@ namespace fxopt {
 // What a backward is to compute; the bits of its `wanted`.
 enum Wanted : int { INPUT = 1, VALUES = 2, BIAS = 4 };
 
+// Whether `rows` rows that begin at `start` hold `values` values: 0 or, where reading on would be beyond an array, 1.
+inline int disagree(const int32_t *start, int64_t rows, int64_t values) {
+    return start[0] == 0 && start[rows] == values ? 0 : 1;
+}
+
 // Sums over the batch are made in this many parts, each in the order of the batch, and then joined in order. The number
 // depends on the sizes alone, so that the result is the same for any number of threads.
 constexpr int64_t PARTS = 8;

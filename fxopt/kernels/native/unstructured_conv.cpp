@@ -20,18 +20,26 @@ struct Shape {
 #define FXOPT_SOURCE "unstructured_conv.inc"
 #include "per_isa.h"
 
-// y[batch][outputs][out_height][out_width]; `column` is input channel · taps + tap, of the whole input for any groups.
-FXOPT_API void fxopt_sparse_conv2d(const float *x, const int32_t *start, const int32_t *column, const float *value,
-                                   const float *bias, float *y, const int64_t *shape, int isa, int threads) {
+// y[batch][outputs][out_height][out_width]; `column` is input channel · taps + tap, of the whole input for any groups. 1,
+// and nothing done, if `start` is not of `values`.
+FXOPT_API int fxopt_sparse_conv2d(const float *x, const int32_t *start, const int32_t *column, const float *value,
+                                  const float *bias, float *y, const int64_t *shape, int64_t values, int isa,
+                                  int threads) {
     const fxopt::Shape &s = *reinterpret_cast<const fxopt::Shape *>(shape);
+    if (fxopt::disagree(start, s.outputs, values))
+        return 1;
     FXOPT_DISPATCH(isa, sparse_conv::forward(s, x, start, column, value, bias, y, threads));
+    return 0;
 }
 
-// dx like x, dw in the order of `value`, db[outputs], those of them that `wanted` names.
-FXOPT_API void fxopt_sparse_conv2d_backward(const float *x, const float *dy, const int32_t *start, const int32_t *row,
-                                            const int32_t *place, const float *value, float *dx, float *dw, float *db,
-                                            const int64_t *shape, int wanted, int isa, int threads) {
+// dx like x, dw in the order of `value`, db[outputs], those of them that `wanted` names. Returns likewise.
+FXOPT_API int fxopt_sparse_conv2d_backward(const float *x, const float *dy, const int32_t *start, const int32_t *row,
+                                           const int32_t *place, const float *value, float *dx, float *dw, float *db,
+                                           const int64_t *shape, int64_t values, int wanted, int isa, int threads) {
     const fxopt::Shape &s = *reinterpret_cast<const fxopt::Shape *>(shape);
+    if (fxopt::disagree(start, s.down * s.right * s.channels, values))
+        return 1;
     FXOPT_DISPATCH(isa, sparse_conv::backward(s, {x, dy, dx, start, nullptr, nullptr, nullptr, {}, wanted}, row, place, value, dw, db,
                                  threads));
+    return 0;
 }
