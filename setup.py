@@ -13,11 +13,11 @@ from setuptools.errors import CompileError, LinkError
 NATIVE = Path("fxopt", "kernels", "native")
 # Contraction is asked for by name: a kernel's results may not depend on whether a product was fused with its sum.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
-FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12 says it of its own AVX-512 headers (GCC bug 105593)
+FLAGS += ["-std=c++17", "-Wno-maybe-uninitialized"]  # GCC 12 says it of its own AVX-512 headers (GCC bug 105593)
 
 
 class BuildKernels(build_ext):
-    """Compiles C as C and C++ as C++17, with OpenMP where the compiler has it."""
+    """Compiles all sources at once, with OpenMP where the compiler has it."""
 
     def build_extension(self, ext: Extension) -> None:
         """Build one extension, source beside source; where that fails the package is installed without (`optional`)."""
@@ -26,22 +26,18 @@ class BuildKernels(build_ext):
         if self._has("-fopenmp"):
             ext.extra_compile_args.append("-fopenmp")
             ext.extra_link_args.append("-fopenmp")
-        compile_one, compile_all = self.compiler._compile, self.compiler.compile
-
-        def compile_by_language(obj, source, extension, cc_args, extra, options):  # type: ignore[no-untyped-def]
-            standard = ["-std=c++17"] if extension == ".cpp" else []
-            return compile_one(obj, source, extension, cc_args, extra + standard, options)
+        compile_all = self.compiler.compile
 
         def compile_together(sources, *args, **kwargs):  # type: ignore[no-untyped-def]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = pool.map(lambda source: compile_all([source], *args, **kwargs), sources)
                 return list(itertools.chain.from_iterable(objects))
 
-        self.compiler._compile, self.compiler.compile = compile_by_language, compile_together
+        self.compiler.compile = compile_together
         try:
             super().build_extension(ext)
         finally:
-            self.compiler._compile, self.compiler.compile = compile_one, compile_all
+            self.compiler.compile = compile_all
 
     def _has(self, flag: str) -> bool:
         """Whether a program builds with ``flag``."""
@@ -60,7 +56,7 @@ setup(
     ext_modules=[
         Extension(
             "fxopt.kernels.native._kernels",
-            sources=[os.fspath(NATIVE / "_abi3.c"), *sorted(map(os.fspath, NATIVE.glob("*.cpp")))],
+            sources=sorted(map(os.fspath, NATIVE.glob("*.cpp"))),
             depends=sorted(map(os.fspath, [*NATIVE.glob("*.h"), *NATIVE.glob("*.inc")])),
             extra_compile_args=FLAGS,
             py_limited_api=True,

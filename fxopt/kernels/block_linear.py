@@ -32,7 +32,9 @@ _product = native.function("fxopt_block_product", [_POINTER] * 7 + [_INT64] * 5 
 _gradient = native.function("fxopt_block_gradient", [_POINTER] * 5 + [_INT64] * 6 + [_INT] * 2)
 _product_bfloat16 = native.function("fxopt_block_product_bfloat16", [_POINTER] * 7 + [_INT64] * 5 + [_INT] * 3, True)
 _gradient_bfloat16 = native.function("fxopt_block_gradient_bfloat16", [_POINTER] * 5 + [_INT64] * 6 + [_INT] * 2, True)
-_FLOAT = torch.float32
+
+# The same for float32 tensors as a layer mostly gives them; else None.
+_direct, _direct_gradient = native.direct("block_linear"), native.direct("block_gradient")
 
 
 def transposed_index(crow: Tensor, col: Tensor, columns: int) -> Tensor:
@@ -61,7 +63,7 @@ class _Blocks:
     """
     The arguments of an operator, read as a row-wise matrix of blocks: the weight, or its transpose.
 
-    Made on every call, so it slices `index` only where somebody asks: a small layer is done in some 100 µs.
+    It slices `index` only where somebody asks: a small layer is done in some 100 µs.
     """
 
     def __init__(self, data: Tensor, crow: Tensor, col: Tensor, index: Tensor, transposed: bool) -> None:
@@ -141,8 +143,10 @@ def _block_linear(
     transposed: bool = False,
 ) -> Tensor:
     """x @ weightᵀ + bias, or x @ weight if ``transposed``: (…, in) -> (…, features)."""
-    if (ready := _as_it_is(x, data, bias, crow, col, index, features, transposed)) is not None:
-        return ready
+    if _direct is not None:
+        ready = _direct(*native.call_context(), x, data, bias, crow, col, index, features, transposed)
+        if ready is not None:
+            return ready  # type: ignore[no-any-return]
     if x.dtype != data.dtype or (bias is not None and bias.dtype != data.dtype):
         of_bias = "" if bias is None else f", the bias is {bias.dtype}"
         raise ValueError(f"the input is {x.dtype}, the blocks are {data.dtype}{of_bias}; give the same type")
@@ -159,58 +163,6 @@ def _block_linear(
     else:
         y = _torch_product(rows, blocks, bias, features)
     return y if rows is x else y.view(*x.shape[:-1], features)
-
-
-def _as_it_is(
-    x: Tensor, data: Tensor, bias: Tensor | None, crow: Tensor, col: Tensor, index: Tensor, features: int, turned: bool
-) -> Tensor | None:
-    """
-    The product of what the native kernel takes without a copy, which is what a layer mostly gives; None for all else,
-    right or wrong. Written out: a small layer is done in some 100 µs, of which the general way takes ten, and more when
-    Python's own data is not in the caches.
-    """
-    if _product is None or x.dtype is not _FLOAT or data.dtype is not _FLOAT or not (x.is_cpu and data.is_cpu):
-        return None
-    if x.layout is not torch.strided or not (x.is_contiguous() and data.is_contiguous()):
-        return None
-    if len(data.shape) != 3 or not x.shape or not _are_indices(crow, col, index):
-        return None
-    nnz, bo, bi = data.shape
-    rows = crow.shape[0] - 1
-    columns = index.shape[0] - 3 * nnz - 1
-    if turned:
-        rows, columns, outer, inner = columns, rows, bi, bo
-    else:
-        outer, inner = bo, bi
-    if x.shape[-1] != columns * inner or features != rows * outer or bo % LANES or bi % LANES:
-        return None
-    if col.shape[0] != nnz:
-        return None
-    shape = x.shape
-    tokens = shape[0] if len(shape) == 2 else shape[:-1].numel()
-    if not (nnz and tokens and features):
-        return None
-    at_bias = None
-    if bias is not None:
-        if bias.dtype is not _FLOAT or not bias.is_cpu or not bias.is_contiguous() or bias.shape != (features,):
-            return None
-        at_bias = bias.data_ptr()
-    at_crow, at_col, at_place = crow.data_ptr(), col.data_ptr(), None
-    if turned:  # `transposed_index` has them one after the other
-        at_col = index.data_ptr() + 4 * nnz
-        at_place = at_col + 4 * nnz
-        at_crow = at_place + 4 * nnz
-    y = torch.empty(*shape[:-1], features, dtype=_FLOAT)
-    pointers = (x.data_ptr(), data.data_ptr(), at_crow, at_col, at_place, at_bias, y.data_ptr())
-    _product(*pointers, tokens, rows, columns, outer, inner, int(not turned), *native.call_context())
-    return y
-
-
-def _are_indices(*tensors: Tensor) -> bool:
-    for held in tensors:
-        if held.dtype is not torch.int32 or not held.is_cpu or not held.is_contiguous() or len(held.shape) != 1:
-            return False
-    return True
 
 
 def _reference(
@@ -311,8 +263,10 @@ def block_view(weight: Tensor, block: tuple[int, int]) -> Tensor:
 
 def _block_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tensor, index: Tensor) -> Tensor:
     """The blocks of gᵀ @ x where `data` has blocks: g (…, out), x (…, in) -> a tensor as `data`."""
-    if (ready := _gradient_as_it_is(g, x, data, crow, col, index)) is not None:
-        return ready
+    if _direct_gradient is not None:
+        ready = _direct_gradient(*native.call_context(), g, x, data, crow, col, index)
+        if ready is not None:
+            return ready  # type: ignore[no-any-return]
     if g.dtype != x.dtype or g.device != x.device or g.shape[:-1] != x.shape[:-1]:
         both = (f"{tuple(t.shape)} of {t.dtype} on {t.device}" for t in (g, x))
         raise ValueError(f"{' and '.join(both)} are not of the same tokens")
@@ -327,35 +281,6 @@ def _block_gradient(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tenso
         out: Tensor = kernels.gradient(g, x, blocks)
         return out
     return _torch_gradient(g, x, blocks)
-
-
-def _gradient_as_it_is(g: Tensor, x: Tensor, data: Tensor, crow: Tensor, col: Tensor, index: Tensor) -> Tensor | None:
-    """The gradient of what the native kernel takes without a copy, else None, as `_as_it_is`."""
-    if _gradient is None or not (g.dtype is x.dtype is data.dtype is _FLOAT) or not (g.is_cpu and x.is_cpu):
-        return None
-    if not (x.layout is g.layout is torch.strided and g.is_contiguous() and x.is_contiguous()):
-        return None
-    if len(data.shape) != 3 or not (g.shape and x.shape) or not _are_indices(crow, col, index):
-        return None
-    nnz, bo, bi = data.shape
-    rows, columns = crow.shape[0] - 1, index.shape[0] - 3 * nnz - 1
-    if (
-        g.shape[-1] != rows * bo
-        or x.shape[-1] != columns * bi
-        or g.shape[:-1] != x.shape[:-1]
-        or bo % LANES
-        or bi % LANES
-    ):
-        return None
-    if col.shape[0] != nnz or not data.is_cpu:
-        return None
-    tokens = g.numel() // max(1, g.shape[-1])
-    if not (nnz and tokens):
-        return None
-    out = torch.empty(data.shape, dtype=_FLOAT)
-    pointers = (x.data_ptr(), g.data_ptr(), index.data_ptr(), col.data_ptr(), out.data_ptr())
-    _gradient(*pointers, tokens, nnz, rows, columns, bo, bi, *native.call_context())
-    return out
 
 
 def _native_gradient(g: Tensor, x: Tensor, blocks: _Blocks) -> Tensor:
@@ -448,5 +373,9 @@ def _gradient_backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
     return dg, dx, None, None, None, None
 
 
-block_linear = differentiable("block_linear", _block_linear, _fake_linear, _keep_linear, _linear_backward, _reference)
-block_gradient = differentiable("block_gradient", _block_gradient, _fake_gradient, _keep_gradient, _gradient_backward)
+block_linear = differentiable(
+    "block_linear", _block_linear, _fake_linear, _keep_linear, _linear_backward, _reference, _direct
+)
+block_gradient = differentiable(
+    "block_gradient", _block_gradient, _fake_gradient, _keep_gradient, _gradient_backward, None, _direct_gradient
+)

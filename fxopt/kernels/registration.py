@@ -26,36 +26,36 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
+from fxopt.kernels import native
+
 _library = torch.library.Library("fxopt", "FRAGMENT")
 
 
-_PLAIN = 0
-for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView"):
-    _PLAIN |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+_are_plain = native.direct("are_plain")
+
+
+def is_watched() -> bool:
+    """Whether anybody traces, transforms, casts or profiles what is called now, or sees it in a mode."""
+    if torch.compiler.is_dynamo_compiling():  # first: what follows is not for Dynamo to trace
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    if torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return profiler._is_profiler_enabled
 
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """
-    Whether a call with these is seen by the kernel and by autograd alone: nobody traces, transforms or casts it, and
-    they are what they say. The first three hold numbers, the others indices.
+    Whether a call with these is seen by the kernel and by autograd alone: nobody watches, and they are what they say,
+    neither of a subclass nor batched, sparse, negated lazily, or all zeros.
 
     Then the dispatcher can be passed by, which costs 10 µs, and some 70 when what it touches is not in the caches: as
-    it is right after a large product.
+    it is right after a large product. Where there is no native library it is not.
     """
-    if torch.compiler.is_compiling():  # first: what follows is not for Dynamo to trace
-        return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is not Tensor and kind is not Parameter and tensor is not None:
-            return False
-    for tensor in tensors[:3]:  # what is negated lazily, all zeros, batched or sparse is a plain Tensor by its type
-        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() & ~_PLAIN:
-            return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None:
-        return False
-    return peek_interpreter_stack() is None and forward_ad._current_level < 0 and not profiler._is_profiler_enabled
+    return _are_plain is not None and not is_watched() and _are_plain(*tensors)
 
 
 def register(reference: Callable[..., Any], kernel: Callable[..., Any]) -> OpOverload[..., Any]:
@@ -108,18 +108,19 @@ def differentiable(
     keep: Callable[..., None],
     backward: Callable[..., Any],
     reference: Callable[..., Any] | None = None,
+    direct: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """
     Make `torch.ops.fxopt.NAME` of a kernel with a backward of its own, and return what calls it (`differentiate`).
 
-    `kernel` gives the schema, and returns fresh contiguous tensors; `fake` gives their shapes. For `keep`, `backward`
-    and `reference` see `differentiate`. Under autocast, floating tensors are cast as for a linear layer.
+    `kernel` gives the schema, and returns fresh contiguous tensors; `fake` gives their shapes. For `keep`, `backward`,
+    `reference` and `direct` see `differentiate`. Under autocast, floating tensors are cast as for a linear layer.
     """
     _library.define(name + torch.library.infer_schema(kernel, mutates_args=()))
     overload: OpOverload[..., Any] = getattr(torch.ops.fxopt, name).default
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxopt::{name}", fake, lib=_library)
-    call = differentiate(_library, overload, kernel, keep, backward, reference)
+    call = differentiate(_library, overload, kernel, keep, backward, reference, direct)
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(name, _autocast(overload, device_type), key)
     return call
@@ -132,6 +133,7 @@ def differentiate(
     keep: Callable[..., None],
     backward: Callable[..., Any],
     reference: Callable[..., Any] | None = None,
+    direct: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """
     Give an operator its backward, as `torch.library.register_autograd` does, and return a function that calls it: by
@@ -140,8 +142,10 @@ def differentiate(
     `keep(ctx, inputs, output)` and `backward(ctx, *gradients)` are those of `register_autograd`; a backward made of
     operators that are differentiable themselves can be differentiated again. `reference`, the same in plain torch, runs
     under forward-mode differentiation and under `torch.func`: an `autograd.Function` refuses `torch.func.grad`, and
-    gives `torch.func.jvp` zeros. A function of its own for the plain case saves 30 µs where autograd records, and where
-    it does not the kernel is called at once, which saves 15.
+    gives `torch.func.jvp` zeros. A function of its own for the plain case saves 30 µs where autograd records.
+
+    `direct` is the kernel for what a layer mostly gives it, and returns None for all else (`native.direct`): where
+    nothing is recorded it is called first, as it looks at its tensors itself.
     """
     tensors = tuple(i for i, a in enumerate(overload._schema.arguments) if "Tensor" in str(a.type))
     recorded = make_autograd_impl(overload, Info(backward, keep))
@@ -173,7 +177,13 @@ def differentiate(
         return recorded(keyset, *arguments)
 
     def call(*arguments: Any) -> Any:
-        if is_plain([arguments[i] for i in tensors if i < len(arguments)]):
+        if _are_plain is None or is_watched():
+            return overload(*arguments)
+        if direct is not None and not torch.is_grad_enabled():
+            result = direct(*native.call_context(), *arguments)
+            if result is not None:
+                return result
+        if _are_plain(*[arguments[i] for i in tensors if i < len(arguments)]):
             return eager(arguments)
         return overload(*arguments)
 

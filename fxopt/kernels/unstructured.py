@@ -31,9 +31,6 @@ _library = torch.library.Library("fxopt", "FRAGMENT")
 
 _INPUT, _VALUES, _BIAS = 1, 2, 4  # `Wanted` of unstructured.h
 _DTYPES = (torch.float32, torch.float64)
-_FLOAT, _INT32 = torch.float32, torch.int32
-_ALONE = 100_000
-"""Products up to which one thread is as fast as several, which have to be woken."""
 
 
 # --- linear ----------------------------------------------------------------------------------------------------------
@@ -43,6 +40,10 @@ _run_linear = native.function("fxopt_sparse_linear", [_P] * 6 + [_L] * 4 + [_I] 
 _run_linear_backward = native.function("fxopt_sparse_linear_backward", [_P] * 9 + [_L] * 4 + [_I] * 3, returns=_I)
 _run_conv2d = native.function("fxopt_sparse_conv2d", [_P] * 7 + [_L] + [_I] * 2, returns=_I)
 _run_conv2d_backward = native.function("fxopt_sparse_conv2d_backward", [_P] * 10 + [_L] + [_I] * 3, returns=_I)
+
+# The same for tensors as a layer mostly gives them; else None.
+_linear, _linear_backward = native.direct("sparse_linear"), native.direct("sparse_linear_backward")
+_conv2d, _conv2d_backward = native.direct("sparse_conv2d"), native.direct("sparse_conv2d_backward")
 
 
 def sparse_linear(
@@ -60,24 +61,11 @@ def sparse_linear(
 
     Raises `UsageError` for other dtypes and for shapes that do not fit.
     """
-    inputs, outputs, shape = column_start.numel() - 1, row_start.numel() - 1, x.shape
-    if (
-        _run_linear is not None
-        and shape
-        and shape[-1] == inputs
-        and outputs > 0
-        and _fits(x, values, bias, outputs, row_start, column, column_start, row, place)
-    ):
-        tokens = shape[0] if len(shape) == 2 else shape[:-1].numel()
-        if tokens and inputs:
-            y = torch.empty(*shape[:-1], outputs, dtype=_FLOAT)
-            weight = row_start.data_ptr(), column.data_ptr(), values.data_ptr()
-            at_bias = None if bias is None else bias.data_ptr()
-            count = values.shape[0]
-            sizes = count, tokens, inputs, outputs
-            if _run_linear(x.data_ptr(), *weight, at_bias, y.data_ptr(), *sizes, *_context(tokens * count)):
-                _refuse("sparse_linear", count)
-            return y
+    if _linear is not None:
+        ready = _linear(*native.call_context(), x, values, bias, row_start, column, column_start, row, place)
+        if ready is not None:
+            return ready  # type: ignore[no-any-return]
+    inputs, outputs = column_start.numel() - 1, row_start.numel() - 1
     _check("sparse_linear", x, values, bias, row_start, column, column_start, row, place)
     if x.dim() == 0 or x.shape[-1] != inputs:
         raise UsageError(f"sparse_linear was given an input of shape {tuple(x.shape)}; expected (..., {inputs})")
@@ -89,7 +77,7 @@ def sparse_linear(
     y = x.new_empty(rows, outputs)
     held = (x.contiguous(), row_start, column, values.contiguous(), _contiguous(bias), y)
     sizes = values.numel(), rows, inputs, outputs
-    if run(*map(native.address, held), *sizes, *_context(rows * values.numel())):
+    if run(*map(native.address, held), *sizes, *native.call_context()):
         _refuse("sparse_linear", values.numel())
     return y.view(*x.shape[:-1], outputs)
 
@@ -119,9 +107,13 @@ def sparse_linear_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `sparse_linear` by x, values and bias, from that by its result; empty where not `wanted`."""
+    pattern = row_start, column, column_start, row, place
+    if _linear_backward is not None:
+        ready = _linear_backward(*native.call_context(), gradient, x, values, *pattern, wanted)
+        if ready is not None:
+            return ready  # type: ignore[no-any-return]
+    _check("sparse_linear_backward", x, values, None, *pattern)
     inputs, outputs, rows = column_start.numel() - 1, row_start.numel() - 1, x.shape[:-1].numel()
-    if not _fits(x, values, None, outputs, row_start, column, column_start, row, place):
-        _check("sparse_linear_backward", x, values, None, row_start, column, column_start, row, place)
     if x.shape[-1:] != (inputs,) or gradient.shape != (*x.shape[:-1], outputs):
         shapes = f"an input of shape {tuple(x.shape)} and a gradient of {tuple(gradient.shape)}"
         raise UsageError(f"sparse_linear_backward was given {shapes}; expected (..., {inputs}) and (..., {outputs})")
@@ -137,7 +129,7 @@ def sparse_linear_backward(
     held = (x.contiguous(), gradient.contiguous(), column_start, row, place, values.contiguous(), dx, dw, db)
     count = values.shape[0]
     sizes = count, rows, inputs, outputs, _bits(wanted)
-    if run(*[t.data_ptr() for t in held], *sizes, *_context(rows * count)):
+    if run(*map(native.address, held), *sizes, *native.call_context()):
         _refuse("sparse_linear_backward", count)
     return dx, dw, db
 
@@ -172,8 +164,13 @@ def sparse_conv2d(
     The weight is a `Pattern`; `padding`, with zeros, is (top, bottom, left, right). The result is contiguous whatever
     the layout of x. Raises `UsageError` for other dtypes and for shapes that do not fit.
     """
-    _check("sparse_conv2d", x, values, bias, row_start, column, column_start, row, place)
-    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation, groups)
+    pattern, options = (row_start, column, column_start, row, place), (kernel_size, stride, padding, dilation, groups)
+    if _conv2d is not None:
+        ready = _conv2d(*native.call_context(), x, values, bias, *pattern, *options)
+        if ready is not None:
+            return ready  # type: ignore[no-any-return]
+    _check("sparse_conv2d", x, values, bias, *pattern)
+    window = Window.of(x, row_start, column_start, *options)
     images = x.reshape(x.shape[:-3].numel(), *x.shape[-3:]).contiguous()
     run = _run_conv2d if window.fits() and _is_native(x) else None
     if run is None:
@@ -184,8 +181,8 @@ def sparse_conv2d(
     y = x.new_empty(*window.result(x))
     held = (images, row_start, column, values.contiguous(), _contiguous(bias), y)
     if y.numel():
-        context = _context(y.numel() // window.outputs * values.numel())
-        if run(*map(native.address, held), window.shape(images.shape[0]), values.numel(), *context):
+        sizes = window.shape(images.shape[0]), values.numel()
+        if run(*map(native.address, held), *sizes, *native.call_context()):
             _refuse("sparse_conv2d", values.numel())
     return y
 
@@ -248,8 +245,13 @@ def sparse_conv2d_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `sparse_conv2d` by x, values and bias, from that by its result; empty where not `wanted`."""
-    _check("sparse_conv2d_backward", x, values, None, row_start, column, column_start, row, place)
-    window = Window.of(x, row_start, column_start, kernel_size, stride, padding, dilation, groups)
+    pattern, options = (row_start, column, column_start, row, place), (kernel_size, stride, padding, dilation, groups)
+    if _conv2d_backward is not None:
+        ready = _conv2d_backward(*native.call_context(), gradient, x, values, *pattern, *options, wanted)
+        if ready is not None:
+            return ready  # type: ignore[no-any-return]
+    _check("sparse_conv2d_backward", x, values, None, *pattern)
+    window = Window.of(x, row_start, column_start, *options)
     images = x.reshape(x.shape[:-3].numel(), *x.shape[-3:]).contiguous()
     g = gradient.reshape(images.shape[0], window.outputs, *window.out).contiguous()
     run = _run_conv2d_backward if window.fits() and _is_native(x, gradient) else None
@@ -260,7 +262,7 @@ def sparse_conv2d_backward(
         return dx.zero_(), dw.zero_(), db.zero_()
     held = (images, g, column_start, row, place, values.contiguous(), dx, dw, db)
     sizes = window.shape(images.shape[0]), values.numel(), _bits(wanted)
-    if run(*map(native.address, held), *sizes, *_context(g.numel() // window.outputs * values.numel())):
+    if run(*map(native.address, held), *sizes, *native.call_context()):
         _refuse("sparse_conv2d_backward", values.numel())
     return dx, dw, db
 
@@ -275,7 +277,7 @@ def _sparse_conv2d_backward_like(
 
 
 def _check(name: str, x: Tensor, values: Tensor, bias: Tensor | None, *pattern: Tensor) -> None:
-    """Refuse what the C functions would take for something else; written out, as every call passes here."""
+    """Refuse what the C functions would take for something else."""
     dtype, device = x.dtype, x.device
     row_start, column, _, row, place = pattern
     if dtype not in _DTYPES or values.dtype != dtype or (bias is not None and bias.dtype != dtype):
@@ -305,33 +307,9 @@ def _check(name: str, x: Tensor, values: Tensor, bias: Tensor | None, *pattern: 
         raise UsageError(f"{name} was given a pattern without a first row or column; make the layer anew")
 
 
-def _fits(x: Tensor, values: Tensor, bias: Tensor | None, outputs: int, *pattern: Tensor) -> bool:
-    """
-    Whether the native kernels take all this as it is, which is what a layer mostly gives; else what is right and wrong
-    with it is for `_check`. Written out: at 98 % a layer is done in some 200 µs.
-    """
-    if x.dtype is not _FLOAT or values.dtype is not _FLOAT or not (x.is_cpu and values.is_cpu):
-        return False
-    if x.layout is not torch.strided or not (x.is_contiguous() and values.is_contiguous()) or len(values.shape) != 1:
-        return False
-    if bias is not None and (
-        bias.dtype is not _FLOAT or not bias.is_cpu or not bias.is_contiguous() or bias.shape != (outputs,)
-    ):
-        return False
-    for index in pattern:
-        if index.dtype is not _INT32 or not index.is_cpu or not index.is_contiguous() or len(index.shape) != 1:
-            return False
-    _, column, _, row, place = pattern
-    return values.shape == column.shape == row.shape == place.shape
-
-
 def _is_native(*tensors: Tensor) -> bool:
     """Whether these are for the C functions; else torch has to do."""
     return all(t.dtype == torch.float32 and t.is_cpu and t.layout is torch.strided for t in tensors)
-
-
-def _context(products: int) -> tuple[int, int]:
-    return native.number_of_isa(), torch.get_num_threads() if products > _ALONE else 1
 
 
 def _check_rows(name: str, row_start: Tensor, values: Tensor) -> None:
@@ -358,7 +336,9 @@ def _bits(wanted: Sequence[bool]) -> int:
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
-def _register(forward: Any, like: Any, backward: Any, backward_like: Any, reference: Any) -> Callable[..., Any]:
+def _register(
+    forward: Any, like: Any, backward: Any, backward_like: Any, reference: Any, direct: Any, direct_backward: Any
+) -> Callable[..., Any]:
     """
     Two operators: the product, and its gradients. Each is linear in its arguments, and so differentiable by both.
     Returns what calls the first (`differentiate`).
@@ -404,14 +384,28 @@ def _register(forward: Any, like: Any, backward: Any, backward_like: Any, refere
         return to_gradient, to_x, to_values, *(None,) * (len(rest) + 1)
 
     operator, its_backward = (getattr(torch.ops.fxopt, f.__name__).default for f in (forward, backward))
-    apply = differentiate(_library, operator, forward, keep, gradients, reference)
-    gradients_of = differentiate(_library, its_backward, backward, keep_all, second)
+    apply = differentiate(_library, operator, forward, keep, gradients, reference, direct)
+    gradients_of = differentiate(_library, its_backward, backward, keep_all, second, None, direct_backward)
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(f"fxopt::{forward.__name__}", device, torch.float32, lib=_library)
     return apply
 
 
-_linear = (sparse_linear, _sparse_linear_like, sparse_linear_backward, _sparse_linear_backward_like)
-_conv2d = (sparse_conv2d, _sparse_conv2d_like, sparse_conv2d_backward, _sparse_conv2d_backward_like)
-multiply = _register(*_linear, _linear_reference)
-convolve = _register(*_conv2d, _conv2d_reference)
+multiply = _register(
+    sparse_linear,
+    _sparse_linear_like,
+    sparse_linear_backward,
+    _sparse_linear_backward_like,
+    _linear_reference,
+    _linear,
+    _linear_backward,
+)
+convolve = _register(
+    sparse_conv2d,
+    _sparse_conv2d_like,
+    sparse_conv2d_backward,
+    _sparse_conv2d_backward_like,
+    _conv2d_reference,
+    _conv2d,
+    _conv2d_backward,
+)

@@ -71,7 +71,8 @@ class SparseWeight(nn.Module):
         """Values, bias and pattern, as the operators take them."""
         own, held = self._parameters, self._buffers
         try:
-            return own["values"], own["bias"], *[held[name] for name in Pattern._fields]
+            by_row, by_column = (held["row_start"], held["column"]), (held["column_start"], held["row"], held["place"])
+            return own["values"], own["bias"], *by_row, *by_column
         except KeyError:  # parametrized, or a replica of DataParallel: as attributes, which Python looks up one by one
             return self.values, self.bias, *self.pattern
 

@@ -40,7 +40,11 @@ class Window(NamedTuple):
         groups: int,
     ) -> Window:
         check_options(kernel, stride, padding, dilation, groups)
-        channels = (column_start.shape[0] - 1) // (stride[0] * stride[1])
+        columns, phases = column_start.shape[0] - 1, stride[0] * stride[1]
+        channels = columns // phases
+        if channels * phases != columns:
+            given = f"a pattern of {columns} columns and a stride of {tuple(stride)}"
+            raise UsageError(f"sparse_conv2d was given {given}; expected as many for each phase: make the layer anew")
         if x.dim() not in (3, 4) or x.shape[-3] != channels:
             expected = f"(batch, {channels}, height, width) or ({channels}, height, width)"
             raise UsageError(f"sparse_conv2d was given an input of shape {tuple(x.shape)}; expected {expected}")

@@ -11,25 +11,15 @@ import torch.nn.functional as F
 from fxopt.kernels import block_linear as kernels
 from fxopt.kernels import native
 from fxopt.kernels.block_linear import block_gradient, block_linear, from_dense, to_dense, transposed_index
+from tests.kernels.ways import WAYS, take
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-WAYS = ("torch", *native.ISAS)
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """Every instruction set that this CPU has, and plain torch."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "_product", None)
-        return request.param
-    if native.library() is None:
-        pytest.skip(native.why_not())
-    isa = native.ISAS.index(request.param)
-    if isa > native.library().fxopt_best_isa():
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setattr(native, "call_context", lambda: (isa, torch.get_num_threads()))
-    pairs = isa >= native.ISAS.index("avx512") and bool(native.library().fxopt_multiplies_bfloat16())
-    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: pairs)
+    """Every instruction set that this CPU has, the library through ctypes, and plain torch."""
+    take(request.param, monkeypatch)
     return request.param
 
 
@@ -177,7 +167,7 @@ def test_bfloat16_is_the_same_for_any_batch_and_threads(transposed, monkeypatch)
 @needs_pairs
 def test_an_instruction_set_without_it_makes_float32_of_bfloat16(way):
     weight, x = Weight(64, 96, (32, 32), 0.6, torch.bfloat16), torch.randn(5, 96).bfloat16()
-    assert kernels.in_bfloat16(weight.data) == (way in ("avx512", "amx") or way == "torch")
+    assert kernels.in_bfloat16(weight.data) == (way not in ("portable", "avx2"))
     close(block_linear(x, weight.data, None, *weight.where, 64), x.double() @ weight.dense().t(), 2**-7)
 
 

@@ -45,3 +45,13 @@ struct BlockGradient {
 bool gradient_by_tiles(const BlockGradient &p, int isa, int threads);
 
 } // namespace fxopt
+
+// y[tokens][rows * outer], as `BlockProduct` says.
+FXOPT_API void fxopt_block_product(const float *x, const float *blocks, const int32_t *crow, const int32_t *col,
+                                   const int32_t *place, const float *bias, float *y, int64_t tokens, int64_t rows,
+                                   int64_t columns, int64_t outer, int64_t inner, int transposed, int isa, int threads);
+
+// dw[blocks][outer][inner], as `BlockGradient` says.
+FXOPT_API void fxopt_block_gradient(const float *x, const float *g, const int32_t *row, const int32_t *col, float *dw,
+                                    int64_t tokens, int64_t blocks, int64_t rows, int64_t columns, int64_t outer,
+                                    int64_t inner, int isa, int threads);

@@ -8,31 +8,23 @@
 // output channel · taps + tap, `place` where the value stands in the order of the forward).
 #include "unstructured.h"
 
-namespace fxopt {
-
-struct Shape {
-    int64_t batch, channels, height, width, outputs, out_height, out_width;
-    int64_t rows, columns, down, right, top, left, row_step, column_step; // kernel, stride, padding, dilation
-};
-
-} // namespace fxopt
-
 #define FXOPT_SOURCE "unstructured_conv.inc"
 #include "per_isa.h"
 
-// y[batch][outputs][out_height][out_width]; `column` is input channel · taps + tap, of the whole input for any groups. 1,
-// and nothing done, if `start` is not of `values`.
+static int worth(int threads, const fxopt::Shape &s, int64_t values) {
+    return fxopt::worth(threads, s.batch * s.out_height * s.out_width * values);
+}
+
 FXOPT_API int fxopt_sparse_conv2d(const float *x, const int32_t *start, const int32_t *column, const float *value,
                                   const float *bias, float *y, const int64_t *shape, int64_t values, int isa,
                                   int threads) {
     const fxopt::Shape &s = *reinterpret_cast<const fxopt::Shape *>(shape);
     if (fxopt::disagree(start, s.outputs, values))
         return 1;
-    FXOPT_DISPATCH(isa, sparse_conv::forward(s, x, start, column, value, bias, y, threads));
+    FXOPT_DISPATCH(isa, sparse_conv::forward(s, x, start, column, value, bias, y, worth(threads, s, values)));
     return 0;
 }
 
-// dx like x, dw in the order of `value`, db[outputs], those of them that `wanted` names. Returns likewise.
 FXOPT_API int fxopt_sparse_conv2d_backward(const float *x, const float *dy, const int32_t *start, const int32_t *row,
                                            const int32_t *place, const float *value, float *dx, float *dw, float *db,
                                            const int64_t *shape, int64_t values, int wanted, int isa, int threads) {
@@ -40,6 +32,6 @@ FXOPT_API int fxopt_sparse_conv2d_backward(const float *x, const float *dy, cons
     if (fxopt::disagree(start, s.down * s.right * s.channels, values))
         return 1;
     FXOPT_DISPATCH(isa, sparse_conv::backward(s, {x, dy, dx, start, nullptr, nullptr, nullptr, {}, wanted}, row, place, value, dw, db,
-                                 threads));
+                                 worth(threads, s, values)));
     return 0;
 }

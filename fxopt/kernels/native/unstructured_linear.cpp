@@ -10,23 +10,23 @@
 #define FXOPT_SOURCE "unstructured_linear.inc"
 #include "per_isa.h"
 
-// y[batch][outputs] = x[batch][inputs] wᵀ + bias; bias may be null. 1, and nothing done, if `start` is not of `values`.
 FXOPT_API int fxopt_sparse_linear(const float *x, const int32_t *start, const int32_t *column, const float *value,
                                   const float *bias, float *y, int64_t values, int64_t batch, int64_t inputs,
                                   int64_t outputs, int isa, int threads) {
     if (fxopt::disagree(start, outputs, values))
         return 1;
+    threads = fxopt::worth(threads, batch * values);
     FXOPT_DISPATCH(isa, sparse_linear::forward({x, inputs, outputs, start, column, value, bias, y}, batch, threads));
     return 0;
 }
 
-// dx[batch][inputs], dw[values in the order of `value`], db[outputs], those of them that `wanted` names. Returns likewise.
 FXOPT_API int fxopt_sparse_linear_backward(const float *x, const float *dy, const int32_t *start, const int32_t *row,
                                            const int32_t *place, const float *value, float *dx, float *dw, float *db,
                                            int64_t values, int64_t batch, int64_t inputs, int64_t outputs, int wanted,
                                            int isa, int threads) {
     if (fxopt::disagree(start, inputs, values))
         return 1;
+    threads = fxopt::worth(threads, batch * values);
     FXOPT_DISPATCH(isa, sparse_linear::backward({x, dy, inputs, outputs, start, row, nullptr, dx}, value, place, dw, db, batch, wanted,
                                  threads));
     return 0;
