@@ -166,7 +166,8 @@ anything = st.one_of(scalars, lists, st.builds(torch.zeros, shapes, dtype=dtypes
 )
 def test_whatever_it_is_given_it_does_not_crash(name, changed):
     given = calls()[name]
-    kernel_size = len(given) - 5 - name.endswith("backward") if "conv2d" in name else None  # what the pattern says is not looked at
+    # What the pattern says is not looked at, so it is given with the kernel size that it is of.
+    kernel_size = len(given) - 5 - name.endswith("backward") if "conv2d" in name else None
     for i, value in changed.items():
         if i < len(given) and i != kernel_size:
             given[i] = value
