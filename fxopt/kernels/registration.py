@@ -160,13 +160,14 @@ def differentiate(
     # Named before it is made: its node in the graph of autograd, and so errors and profiles, has the name of then.
     plain = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     Recorded: Any = type(f"fxopt_{overload._schema.name.rpartition('::')[2]}", (torch.autograd.Function,), plain)
+    record = super(torch.autograd.Function, Recorded).apply  # past what looks for transforms, which `is_watched` does
 
     def eager(arguments: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled():
             for i in tensors:
                 argument = arguments[i] if i < len(arguments) else None  # defaults at the end are left out
                 if argument is not None and argument.requires_grad:
-                    return Recorded.apply(*arguments)
+                    return record(*arguments)
         return kernel(*arguments)
 
     def with_autograd(keyset: Any, *arguments: Any) -> Any:
