@@ -59,7 +59,8 @@ def sparse_linear(
     """
     x @ weightᵀ + bias: x (…, inputs), bias (outputs,) -> (…, outputs), float32 or float64; the weight as a `Pattern`.
 
-    Raises `UsageError` for other dtypes and for shapes that do not fit.
+    Raises `UsageError` for other dtypes and for shapes that do not fit. What the indices say is not looked at, but for
+    where they end: that is for who makes the pattern.
     """
     if _linear is not None:
         ready = _linear(*native.call_context(), x, values, bias, row_start, column, column_start, row, place)
@@ -162,7 +163,8 @@ def sparse_conv2d(
     conv2d(x, weight, bias): x (batch, channels, height, width) or without a batch, float32 or float64.
 
     The weight is a `Pattern`; `padding`, with zeros, is (top, bottom, left, right). The result is contiguous whatever
-    the layout of x. Raises `UsageError` for other dtypes and for shapes that do not fit.
+    the layout of x. Raises `UsageError` for other dtypes and for shapes that do not fit; for the indices see
+    `sparse_linear`.
     """
     pattern, options = (row_start, column, column_start, row, place), (kernel_size, stride, padding, dilation, groups)
     if _conv2d is not None:

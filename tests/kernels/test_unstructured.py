@@ -243,6 +243,17 @@ class TestConv2d:
         thinned(dense.weight, 0.9, 0)
         agree(dense, torch.randn(3, 70, 33, 130), "random", isa)
 
+    @pytest.mark.parametrize(
+        "channels, padding, size", [(4, (0, 16), (40, 4)), (1, (8, 8), (15, 4)), (2, (0, 40), (9, 1))]
+    )
+    def test_gaps_between_rows_that_are_wider_than_a_vector(self, isa, channels, padding, size):
+        """Nothing is written for them: it would be the next channel's, or beyond the last."""
+        dense = nn.Conv2d(channels, 8, 1, padding=padding)
+        for batch in (1, 3):
+            agree(dense, torch.randn(batch, channels, *size), "random", isa)
+        wide = nn.Conv2d(channels, 3, (1, 40), dilation=(1, 2), padding=(0, 39))
+        agree(wide, torch.randn(2, channels, *size), "random", isa)
+
     def test_more_than_32767_values_in_a_channel(self, isa):
         dense = nn.Conv2d(4000, 2, 3, padding=1)
         agree(dense, torch.randn(2, 4000, 4, 5), "random", isa)
@@ -569,3 +580,61 @@ conv = torch.nn.Conv2d(3, 4, 3)
 torch.testing.assert_close(SparseConv2d.from_dense(conv)(torch.ones(1, 3, 5, 5)), conv(torch.ones(1, 3, 5, 5)))
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "FXOPT_NATIVE": "0"})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called by its numbers on Linux")
+@pytest.mark.parametrize("isa", [way for way in WAYS if why_not(way) is None and way in native.ISAS])
+def test_nothing_is_read_beyond_the_input(isa):
+    """The input ends where a page does that nobody may read."""
+    program = """
+import ctypes, mmap, sys
+import torch
+from torch import nn
+from fxopt.sparse import BlockSparseLinear, SparseConv2d, SparseLinear
+
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 17 * page)
+begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + 16 * page), page, 0) == 0
+
+def ending(*shape):
+    size = torch.Size(shape).numel()
+    x = torch.frombuffer(memory, dtype=torch.float32, count=size, offset=16 * page - 4 * size).view(shape)
+    assert x.data_ptr() + 4 * size == begin + 16 * page
+    return x.copy_(torch.randn(shape))
+
+def run(layer, *shape):
+    x = ending(*shape)
+    with torch.no_grad():
+        y = layer(x)
+        assert torch.equal(y, layer(x.clone()))
+    layer(x.requires_grad_()).sum().backward()
+
+for shape in ((2, 1, 1, 1), (4, 1, 1, 1), (3, 1, 1, 3), (2, 1, 2, 2), (2, 1, 5, 5), (2, 3, 2, 2), (5, 2, 7, 1)):
+    run(SparseConv2d.from_dense(nn.Conv2d(shape[1], 3, 1)), *shape)
+    run(SparseConv2d.from_dense(nn.Conv2d(shape[1], 3, 2, padding=1)), *shape)
+    run(SparseConv2d.from_dense(nn.Conv2d(shape[1], 3, 3, 2, padding=1)), *shape)
+run(SparseConv2d.from_dense(nn.Conv2d(1, 6, 2)), 3, 1, 2, 3)
+for tokens in (1, 7, 31, 33, 65):
+    run(SparseLinear.from_dense(nn.Linear(13, 21)), tokens, 13)
+    run(BlockSparseLinear.from_dense(nn.Linear(32, 48), 0.5, select="random", block_shape=(16, 16)), tokens, 32)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FXOPT_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_what_was_freed_is_refused(isa, which):
+    """An input or parameter whose storage is empty, as sharding leaves it."""
+    if isa == "torch":
+        pytest.skip("what torch does with such a tensor itself is not for this test")
+    layer, x = small_layers()[which]
+    whole = torch.cat([x, x])
+    for freed in (x.clone(), whole[len(x) :]):
+        freed.untyped_storage().resize_(0)
+        with torch.no_grad(), pytest.raises(UsageError, match="whose storage has 0 bytes"):
+            layer(freed)
+    layer.values.untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(UsageError, match="whose storage has 0 bytes"):
+        layer(x)

@@ -142,8 +142,20 @@ def direct(name: str) -> Callable[..., Any] | None:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a dense tensor's elements begin, for a `POINTER` argument; None stays None."""
-    return None if tensor is None else tensor.data_ptr()
+    """
+    Where a contiguous tensor's elements begin, for a `POINTER` argument; None stays None.
+
+    `UsageError` where they are not there: the storage was made smaller, as sharding does to free a parameter.
+    """
+    if tensor is None:
+        return None
+    end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    if (held := tensor.untyped_storage().nbytes()) < end and tensor.numel():
+        raise UsageError(
+            f"a tensor of shape {tuple(tensor.shape)} was given whose storage has {held} bytes; expected {end}: "
+            "it was freed, gather or load it first"
+        )
+    return tensor.data_ptr()
 
 
 def call_context() -> tuple[int, int]:

@@ -81,7 +81,10 @@ class View : public fxopt::dlpack::Tensor {
             return false;
         }
         data = static_cast<char *>(data) + byte_offset;
-        return data != nullptr || numel() == 0; // what is known to be all zeros has no memory
+        // What is known to be all zeros has no memory, and a storage may have been freed (FSDP does): then this is an
+        // offset and no address. An address that could be one is left to Python, which asks the storage.
+        constexpr uint64_t LOWEST = uint64_t(1) << 32;
+        return reinterpret_cast<uintptr_t>(data) >= LOWEST || numel() == 0;
     }
     bool is_dense(uint8_t code) const {
         if (device.type != fxopt::dlpack::CPU || dtype.code != code || dtype.bits != 32 || dtype.lanes != 1)
