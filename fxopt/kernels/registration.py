@@ -52,8 +52,8 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     Whether a call with these is seen by the kernel and by autograd alone: nobody watches, and they are what they say,
     neither of a subclass nor batched, sparse, negated lazily, or all zeros.
 
-    Then the dispatcher can be passed by, which costs 10 µs, and some 70 when what it touches is not in the caches: as
-    it is right after a large product. Where there is no native library it is not.
+    Then the dispatcher can be passed by, whose time is felt most when what it touches is not in the caches: right after
+    a large product. Where there is no native library it is not passed by.
     """
     return _are_plain is not None and not is_watched() and _are_plain(*tensors)
 
@@ -142,7 +142,7 @@ def differentiate(
     `keep(ctx, inputs, output)` and `backward(ctx, *gradients)` are those of `register_autograd`; a backward made of
     operators that are differentiable themselves can be differentiated again. `reference`, the same in plain torch, runs
     under forward-mode differentiation and under `torch.func`: an `autograd.Function` refuses `torch.func.grad`, and
-    gives `torch.func.jvp` zeros. A function of its own for the plain case saves 30 µs where autograd records.
+    gives `torch.func.jvp` zeros. A function of its own for the plain case saves time where autograd records.
 
     `direct` is the kernel for what a layer mostly gives it, and returns None for all else (`native.direct`): where
     nothing is recorded it is called first, as it looks at its tensors itself.

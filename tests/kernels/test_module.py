@@ -95,7 +95,7 @@ CHANGES = {
     "a list": lambda t: t.tolist(),
     "a number": lambda t: 3,
     "None": lambda t: None,
-    "a uninitialized parameter": lambda t: nn.UninitializedParameter(),
+    "an uninitialized parameter": lambda t: nn.UninitializedParameter(),
 }
 
 

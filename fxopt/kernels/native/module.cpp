@@ -1,8 +1,8 @@
 // The extension module: the kernels of sparse layers, called with the tensors themselves.
 //
-// At 98 % sparsity a layer is done in 200 µs. To read eight tensors' types, shapes and addresses in Python and to go
-// through ctypes takes 15 of them, and 100 where Python's own code has left the caches, as after any large product. So it
-// is done here, through the stable part of Python's API and DLPack's C exchange API: nothing is linked, and no version of
+// A small sparse layer is soon done. To read eight tensors' types, shapes and addresses in Python and to go through ctypes
+// takes a good part of that, most of all where Python's own code has left the caches, as after any large product. So it is
+// done here, through the stable part of Python's API and DLPack's C exchange API: nothing is linked, and no version of
 // Python or torch breaks it.
 //
 // Every function that computes returns None, and has done nothing, where its tensors are not what the kernels take as it
