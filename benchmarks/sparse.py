@@ -8,7 +8,8 @@ Prints how often faster than dense each is: medians of the ratios over rounds of
 so that no third one has its data in the caches between them; at the end of each table the medians by sparsity. `linear`
 and `conv` time one layer, by its module, forward and then the gradients of input, weight and bias; `layers` the same of
 every layer of the steps below, each shape once; `step` a whole training step's forward and backward of ResNet-18 and of
-two transformer blocks, every layer but the first convolution and the classifier sparse, none left out for being slow.
+two transformer blocks, every layer sparse, and of ResNet-18 with its first convolution and its classifier left dense, as
+many who prune leave them; no other layer is left out for being slow.
 The activations are in torch's own layout, the allocator keeps its memory between rounds, as in a process that trains.
 
 SparseProp is built once into an environment of its own under build/ (`pip install sparseprop`, which needs a compiler
@@ -127,13 +128,12 @@ def convolutions(sparsities: Sequence[float], tokens: Sequence[int], peer: objec
 
 
 def layers_of_steps(sparsities: Sequence[float], tokens: Sequence[int], peer: object) -> Iterator[Case]:
-    for name, make, given in MODELS:
+    for _, make, given, pruned in MODELS[1:]:
         seen: dict[str, tuple[nn.Module, Tensor]] = {}
         model = make()
         with watching(model, (nn.Linear, nn.Conv2d)) as inputs:
             model(**given)
-        first, *inner = [(n, m) for n, m in model.named_modules() if n in inputs]
-        for n, m in inner[:-1] if name.startswith("ResNet") else [first, *inner]:
+        for n, m in [(n, m) for n, m in model.named_modules() if n in inputs][pruned]:
             seen.setdefault(f"{described(m)}, {'×'.join(map(str, inputs[n].shape))}", (m, inputs[n]))
         for label, (layer, x) in seen.items():
             for sparsity in sparsities:
@@ -184,11 +184,10 @@ def best_convolution(peer: object, dense: nn.Conv2d, x: Tensor) -> nn.Module:
 
 
 def steps(sparsities: Sequence[float], tokens: Sequence[int], peer: object) -> Iterator[Case]:
-    for name, make, x in MODELS:
+    for name, make, x, pruned in MODELS:
         for sparsity in sparsities:
             model = make()
-            layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-            for layer in layers[1:-1] if name.startswith("ResNet") else layers:
+            for layer in [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][pruned]:
                 thinned(layer, sparsity)
             models = {"dense": model, "fxopt": swap(model, x, min_sparsity=sparsity - 0.01, measure=False)[0]}
             if peer is not None:
@@ -333,9 +332,12 @@ def sparseprop() -> object | None:
     return sparseprop.modules
 
 
-MODELS = (
-    ("ResNet-18, 8 × 224²", lambda: build("resnet18").train(), {"pixel_values": torch.randn(8, 3, 224, 224)}),
-    ("2 transformer blocks, 4 × 128", blocks, {"input": torch.randn(4, 128, 768)}),
+IMAGES = {"pixel_values": torch.randn(8, 3, 224, 224)}
+ALL, INNER = slice(None), slice(1, -1)
+MODELS = (  # name, how it is made, its inputs, which of its layers are pruned
+    ("ResNet-18, 8 × 224²", lambda: build("resnet18").train(), IMAGES, ALL),
+    ("ResNet-18, ends dense", lambda: build("resnet18").train(), IMAGES, INNER),
+    ("2 transformer blocks, 4 × 128", blocks, {"input": torch.randn(4, 128, 768)}, ALL),
 )
 TABLES = {"linear": linears, "conv": convolutions, "layers": layers_of_steps, "step": steps}
 

@@ -254,6 +254,32 @@ class TestConv2d:
         wide = nn.Conv2d(channels, 3, (1, 40), dilation=(1, 2), padding=(0, 39))
         agree(wide, torch.randn(2, channels, *size), "random", isa)
 
+    @pytest.mark.parametrize("stride", [1, 2, (2, 1), 3])
+    def test_nothing_is_left_of_the_calls_before(self, isa, stride):
+        """The kernels keep the zeros around images between calls, of the same sizes and of others as large."""
+        dense = nn.Conv2d(5, 4, 3, stride=stride, padding=1)
+        thinned(dense.weight, 0.6, 0)
+        taller = nn.Conv2d(5, 4, (5, 3), stride=stride, padding=(2, 1))
+        thinned(taller.weight, 0.6, 1)
+        sizes = [(9, 14), (14, 9), (9, 14), (14, 9), (10, 13), (9, 14), (17, 7)]
+        for turn, (height, width) in enumerate(sizes * 2):
+            with threading(1 + turn % 3):
+                spoiled = torch.full((3, 5, height, width), float("nan"), requires_grad=True)
+                y = SparseConv2d.from_dense(dense)(spoiled)
+                y.backward(torch.full_like(y, float("inf")))
+                agree(dense if turn % 2 else taller, torch.randn(3, 5, height, width), "random", isa)
+                agree(dense, torch.randn(3, 5, height, width), "random", isa)
+
+    @pytest.mark.parametrize("taps", [(), (0,), (4,), (1, 3), (0, 2, 6, 8)])
+    def test_phases_that_no_weight_reads(self, isa, taps):
+        """Of a stride of two a tap reads one pixel of four; the others have no gradient, and those alone none."""
+        dense = nn.Conv2d(40, 6, 3, stride=2, padding=1)
+        with torch.no_grad():
+            dense.weight.flatten(2)[..., [t for t in range(9) if t not in taps]] = 0
+            dense.weight[:, 20:] = 0  # whole groups of channels
+        for height, width in ((9, 12), (40, 35), (1, 1), (1, 2)):
+            agree(dense, torch.randn(3, 40, height, width), "random", isa)
+
     def test_more_than_32767_values_in_a_channel(self, isa):
         dense = nn.Conv2d(4000, 2, 3, padding=1)
         agree(dense, torch.randn(2, 4000, 4, 5), "random", isa)
