@@ -269,6 +269,9 @@ class TestConv2d:
                 y.backward(torch.full_like(y, float("inf")))
                 agree(dense if turn % 2 else taller, torch.randn(3, 5, height, width), "random", isa)
                 agree(dense, torch.randn(3, 5, height, width), "random", isa)
+        SparseConv2d.from_dense(dense)(torch.randn(1, 5, 70, 90))
+        wide = nn.Conv2d(5, 4, 9, stride=stride, padding=4)  # what stands behind the last plane counts
+        agree(wide, torch.randn(2, 5, 20, 90), "random", isa)
 
     @pytest.mark.parametrize("taps", [(), (0,), (4,), (1, 3), (0, 2, 6, 8)])
     def test_phases_that_no_weight_reads(self, isa, taps):
