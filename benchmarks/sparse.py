@@ -8,8 +8,8 @@ Prints how often faster than dense each is: medians of the ratios over rounds of
 so that no third one has its data in the caches between them; at the end of each table the medians by sparsity. `linear`
 and `conv` time one layer, by its module, forward and then the gradients of input, weight and bias; `layers` the same of
 every layer of the steps below, each shape once; `step` a whole training step's forward and backward of ResNet-18 and of
-two transformer blocks, every layer sparse, and of ResNet-18 with its first convolution and its classifier left dense, as
-many who prune leave them; no other layer is left out for being slow.
+two transformer blocks, every layer sparse, and of ResNet-18 with its first convolution and its classifier left dense,
+as many who prune leave them; no other layer is left out for being slow.
 The activations are in torch's own layout, the allocator keeps its memory between rounds, as in a process that trains.
 
 SparseProp is built once into an environment of its own under build/ (`pip install sparseprop`, which needs a compiler
